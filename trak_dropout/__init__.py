@@ -1,0 +1,38 @@
+"""Training-data attribution by dropout of gradient coordinates: a plugin for TRAK and Lightning."""
+
+from trak_dropout import metrics
+from trak_dropout._version import __version__
+from trak_dropout.attribution import AttributionStore, open_store
+from trak_dropout.gradients import BatchError, DenseGradientComputer
+from trak_dropout.outputs import LossOutput
+from trak_dropout.plugin import plugin
+from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
+from trak_dropout.scoring import DampedScoreComputer, GramError, self_influence
+from trak_dropout.store import (
+    IncompleteStoreError,
+    ManifestSaver,
+    Store,
+    StoreMismatchError,
+)
+
+
+
+__all__ = [
+    "AttributionStore",
+    "BatchError",
+    "DampedScoreComputer",
+    "DenseGradientComputer",
+    "DropoutProjector",
+    "GramError",
+    "IncompleteStoreError",
+    "LossOutput",
+    "ManifestSaver",
+    "NonFiniteGradientError",
+    "Store",
+    "StoreMismatchError",
+    "__version__",
+    "metrics",
+    "open_store",
+    "plugin",
+    "self_influence",
+]

@@ -1,0 +1,401 @@
+"""`GradientCollector`: collects compressed per-sample gradients while a Lightning Trainer fits."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+from trak.modelout_functions import AbstractModelOutput
+
+from trak_dropout._checks import check_integer
+from trak_dropout.attribution import (
+    AttributionStore,
+    Featurizer,
+    preserved,
+    sequential_loader,
+    to_device,
+)
+from trak_dropout.gradients import BatchError
+from trak_dropout.masks import DEFAULT_FOLD, check_scheme
+from trak_dropout.outputs import resolve_task, task_name
+from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
+from trak_dropout.store import MANIFEST, ManifestSaver, Store, StoreMismatchError
+
+_LOG = logging.getLogger(__name__)
+
+
+class GradientCollector(pl.Callback):
+    """Collects compressed per-sample gradients of the training set at checkpoints of a fit.
+
+    At each of them a pass over the training data, in data-set order, stores the compressed
+    gradient of every sample and the weights themselves, as one more ``model_id`` of a store that
+    a plain ``TRAKer`` opens too. Training goes on exactly as it would have: weights, buffers,
+    modes and random states are as before. (A data set that keeps random state of its own sees one
+    more pass.) Random augmentations are drawn from ``seed``, the same in every collection.
+
+    Example::
+
+        collector = GradientCollector("trak_store", task="image_classification", proj_dim=2048)
+        Trainer(max_epochs=10, callbacks=[collector]).fit(module, loader)
+        scores = collector.attribute(target_loader)  # (n_train, n_targets)
+
+    Args:
+        save_dir: directory of the store. One that holds an earlier run is refused, unless that
+            run is being resumed.
+        task: name of a TRAK task, or a model output function, for the LightningModule's
+            ``forward``.
+        proj_dim: number of columns of the compressed gradients.
+        seed: seed of the masks and of augmentations while collecting.
+        proj_type: the scheme, as for `DropoutProjector`.
+        fold: coordinates summed into each column, as for `DropoutProjector`.
+        grad_wrt: names of the parameters to take gradients of; all when None.
+        when: ``"epoch"`` collects at the end of every ``every_n_epochs``-th epoch,
+            ``"checkpoint"`` whenever the Trainer saves a checkpoint.
+        every_n_epochs: how often, with ``when="epoch"``.
+        batch_size: samples in a batch while collecting; that of the training loader when None.
+        use_half_precision: store float16 instead of float32.
+        overwrite: delete the store of an earlier run in ``save_dir``.
+
+    Raises:
+        MisconfigurationException: an argument has the wrong type or is out of range.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        task: str | AbstractModelOutput = "image_classification",
+        proj_dim: int = 4096,
+        seed: int = 0,
+        proj_type: str = "dropout",
+        fold: int = DEFAULT_FOLD,
+        grad_wrt: list[str] | None = None,
+        when: Literal["epoch", "checkpoint"] = "epoch",
+        every_n_epochs: int = 1,
+        batch_size: int | None = None,
+        use_half_precision: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__()
+        try:
+            self._output = resolve_task(task)
+            check_scheme(proj_type)
+            check_integer("proj_dim", proj_dim, minimum=1)
+            check_integer("fold", fold, minimum=1)
+            check_integer("seed", seed)
+            check_integer("every_n_epochs", every_n_epochs, minimum=1)
+            if batch_size is not None:
+                check_integer("batch_size", batch_size, minimum=1)
+            if when not in ("epoch", "checkpoint"):
+                raise ValueError(f"when must be 'epoch' or 'checkpoint', got {when!r}")
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"GradientCollector: {error}") from error
+        self.save_dir = Path(save_dir)
+        self.task = task
+        self.proj_dim = proj_dim
+        self.seed = seed
+        self.proj_type = proj_type
+        self.fold = fold
+        self.grad_wrt = grad_wrt
+        self.when = when
+        self.every_n_epochs = every_n_epochs
+        self.batch_size = batch_size
+        self.use_half_precision = use_half_precision
+        self.overwrite = overwrite
+        self.collect_seconds = 0.0
+        self._run = uuid.uuid4().hex
+        self._steps_done: set[int] = set()
+        self._collection: _Collection | None = None
+        self._module: pl.LightningModule | None = None
+
+    # --- hooks -----------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Key of this collector's state in a checkpoint: several collectors may run at once."""
+        return self._generate_state_key(save_dir=str(self.save_dir))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know: which run's store this is."""
+        return {"run": self._run}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the run of a checkpoint.
+
+        Args:
+            state_dict: what `state_dict` returned.
+        """
+        self._run = state_dict["run"]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what is not supported before training starts."""
+        if stage == "fit" and trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"GradientCollector collects on one process, the Trainer runs {trainer.world_size}"
+                "; use devices=1"
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check data, model and store, and try one batch, before the first training step."""
+        self._module = pl_module
+        self._steps_done.clear()
+        loader, size = self._training_data(trainer)
+        projector = DropoutProjector.from_model(
+            pl_module,
+            self.proj_dim,
+            self.seed,
+            self.proj_type,
+            pl_module.device,
+            grad_wrt=self.grad_wrt,
+            fold=self.fold,
+        )
+        featurizer = Featurizer(pl_module, self._output, projector, self.grad_wrt)
+        with self._undisturbed(pl_module):
+            batch = to_device(pl_module, next(iter(loader)), pl_module.device)
+            featurizer.features(batch, 0)
+            featurizer.out_to_loss(batch)
+        if trainer.fast_dev_run:
+            self._collection = None
+            return
+        self._claim(resumed=trainer.global_step > 0)
+        saver = ManifestSaver(
+            save_dir=self.save_dir,
+            metadata={
+                "JL dimension": projector.proj_dim,
+                "JL matrix type": projector.proj_type,
+                "train set size": size,
+            },
+            train_set_size=size,
+            proj_dim=projector.proj_dim,
+            load_from_save_dir=True,
+            logging_level=logging.WARNING,
+            use_half_precision=self.use_half_precision,
+            projector=projector,
+            task=task_name(self.task),
+        )
+        saver.describe_run(id=self._run)
+        self._collection = _Collection(loader, size, featurizer, saver)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Collect at the end of every n-th epoch."""
+        if self.when == "epoch" and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._collect(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Collect when the Trainer saves a checkpoint, at the very weights that it saves."""
+        if self.when == "checkpoint":
+            self._collect(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of loaders and open files."""
+        if stage == "fit":
+            self._collection = None
+
+    # --- afterwards ------------------------------------------------------------------------
+
+    @property
+    def store(self) -> AttributionStore:
+        """The store, with the module that was trained.
+
+        Raises:
+            FileNotFoundError: nothing has been collected yet.
+        """
+        return AttributionStore(self.save_dir, self._module, self.task)
+
+    @property
+    def model_ids(self) -> list[int]:
+        """The checkpoints collected completely."""
+        return self.store.model_ids
+
+    def attribute(
+        self,
+        loader: Iterable[Any],
+        *,
+        model_ids: Iterable[int] | None = None,
+        damping: float | str = "auto",
+        progress: bool = True,
+    ) -> NDArray[np.float32]:
+        """Score every training sample for every target.
+
+        Args:
+            loader: batches of targets, as the task takes them.
+            model_ids: the checkpoints to average; all collected ones when None.
+            damping: relative damping, as for `DampedScoreComputer`.
+            progress: whether to show a progress bar.
+
+        Returns:
+            float32 ``(n_train, n_targets)``; see `AttributionStore.attribute`.
+        """
+        return self.store.attribute(
+            loader, model_ids=model_ids, damping=damping, progress=progress
+        )
+
+    def self_influence(
+        self, model_ids: Iterable[int] | None = None, damping: float | str = "auto"
+    ) -> NDArray[np.float64]:
+        """Compute the influence of each training sample on itself, ``(n_train,)``.
+
+        Args:
+            model_ids: the checkpoints to average; all collected ones when None.
+            damping: relative damping.
+
+        Returns:
+            float64, high for samples whose label is likely wrong; see
+            `trak_dropout.self_influence`.
+        """
+        return self.store.self_influence(model_ids, damping)
+
+    # --- inside ----------------------------------------------------------------------------
+
+    def _training_data(self, trainer: pl.Trainer) -> tuple[DataLoader[Any], int]:
+        """The training loader, rebuilt in data-set order, and the number of samples."""
+        loader = trainer.train_dataloader
+        if not isinstance(loader, DataLoader):
+            raise MisconfigurationException(
+                "GradientCollector needs a single torch DataLoader as training loader, got "
+                f"{type(loader).__name__}"
+            )
+        dataset = loader.dataset
+        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+            raise MisconfigurationException(
+                f"GradientCollector needs a training dataset with a length and an order, got "
+                f"{type(dataset).__name__}; wrap it in a map-style dataset with __len__"
+            )
+        if len(dataset) == 0:
+            raise MisconfigurationException("GradientCollector: the training dataset is empty")
+        return sequential_loader(loader, self.batch_size), len(dataset)
+
+    def _claim(self, resumed: bool) -> None:
+        """Refuse a directory that holds another run's collections, or empty it when asked."""
+        if not (self.save_dir / MANIFEST).is_file():
+            return
+        manifest = Store(self.save_dir).manifest
+        if not manifest["model_ids"] or (resumed and manifest["run"].get("id") == self._run):
+            return
+        if not self.overwrite:
+            raise StoreMismatchError(
+                f"save_dir={str(self.save_dir)!r} holds {len(manifest['model_ids'])} collections of "
+                "an earlier run; give another save_dir, resume that run with fit(ckpt_path=...), or "
+                "set overwrite=True to delete them"
+            )
+        shutil.rmtree(self.save_dir)
+
+    def _collect(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        collection, step = self._collection, trainer.global_step
+        if collection is None or trainer.interrupted or step in self._steps_done:
+            return
+        started = time.perf_counter()
+        with self._undisturbed(module):
+            collection.collect(
+                module,
+                facts={"epoch": trainer.current_epoch, "global_step": step},
+                progress=trainer.progress_bar_callback is not None,
+            )
+        self._steps_done.add(step)
+        self.collect_seconds += time.perf_counter() - started
+
+    @contextmanager
+    def _undisturbed(self, module: pl.LightningModule) -> Iterator[None]:
+        """Compute gradients in eval mode, and leave everything as it was found."""
+        # A checkpoint may be saved from the validation loop, which runs in inference mode.
+        with (
+            isolate_rng(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            preserved(module, weights=False),
+        ):
+            random.seed(self.seed)
+            np.random.seed(self.seed % 2**32)
+            torch.manual_seed(self.seed)
+            module.eval()
+            yield
+
+
+class _Collection:
+    """Passes over the training data, each written to the store as one model_id."""
+
+    def __init__(
+        self, loader: DataLoader[Any], size: int, featurizer: Featurizer, saver: ManifestSaver
+    ) -> None:
+        self._loader = loader
+        self._size = size
+        self._featurizer = featurizer
+        self._saver = saver
+
+    def collect(self, module: pl.LightningModule, facts: dict[str, Any], progress: bool) -> None:
+        """Store weights and compressed gradients at a checkpoint.
+
+        Args:
+            module: the module, in eval mode.
+            facts: what the manifest says of the checkpoint; ``global_step`` identifies it.
+            progress: whether to show a progress bar.
+        """
+        started = time.perf_counter()
+        saver, model_id = self._saver, self._model_id(facts["global_step"])
+        saver.register_model_id(model_id, True)
+        saver.describe(model_id, **facts)
+        weights = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+        saver.save_weights(model_id, weights)
+        store = saver.current_store
+        done = 0
+        bar = tqdm(
+            total=self._size,
+            desc=f"Collecting gradients, checkpoint {model_id}",
+            unit="sample",
+            leave=False,
+            disable=not progress,
+        )
+        with bar:
+            for raw in self._loader:
+                batch = to_device(module, raw, module.device)
+                try:
+                    grads = self._featurizer.features(batch, model_id)
+                except NonFiniteGradientError as error:
+                    samples = [done + i for i in error.samples]
+                    raise NonFiniteGradientError(
+                        f"training samples {samples[:10]}: {error}", samples
+                    ) from error
+                if done + len(grads) > self._size:
+                    raise BatchError(self._miscounted(done + len(grads)))
+                rows = slice(done, done + len(grads))
+                store["grads"][rows] = grads.cpu().numpy()
+                store["out_to_loss"][rows] = self._featurizer.out_to_loss(batch).cpu().numpy()
+                store["is_featurized"][rows] = 1
+                done = rows.stop
+                bar.update(len(grads))
+        if done != self._size:
+            raise BatchError(self._miscounted(done))
+        for name in ("grads", "out_to_loss", "is_featurized"):
+            store[name].flush()
+        saver.serialize_current_model_id_metadata()
+        saver.describe(model_id, seconds=round(time.perf_counter() - started, 3))
+
+    def _miscounted(self, given: int) -> str:
+        return (
+            f"the training loader's batches hold {given} samples, the training dataset "
+            f"{self._size}: collate_fn must neither drop nor add samples"
+        )
+
+    def _model_id(self, global_step: int) -> int:
+        """The model_id of a global step: that of its earlier collection, or the next one."""
+        known = self._saver.manifest["model_ids"]
+        for model_id, facts in known.items():
+            if facts.get("global_step") == global_step:
+                return int(model_id)
+        return len(known)

@@ -1,0 +1,62 @@
+"""`plugin`: the plugs for TRAK's sockets, as keyword arguments of ``TRAKer``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from trak_dropout.gradients import DenseGradientComputer
+from trak_dropout.masks import DEFAULT_FOLD
+from trak_dropout.projector import DropoutProjector
+from trak_dropout.scoring import DampedScoreComputer, check_damping
+from trak_dropout.store import ManifestSaver
+
+
+def plugin(
+    model: nn.Module,
+    proj_dim: int,
+    seed: int = 0,
+    proj_type: str = "dropout",
+    device: str | torch.device = "cpu",
+    grad_wrt: Iterable[str] | None = None,
+    damping: float | str = "auto",
+    *,
+    fold: int = DEFAULT_FOLD,
+) -> dict[str, Any]:
+    """Return the plugs for TRAK's sockets: ``TRAKer(model=..., ..., **plugin(model, 4096))``.
+
+    Args:
+        model: the model to attribute.
+        proj_dim: number of columns of the compressed gradients.
+        seed: seed of the masks.
+        proj_type: the scheme, as for `DropoutProjector`.
+        device: where compressed gradients are made; give TRAKer the same.
+        grad_wrt: names of the parameters to take gradients of; passed on to TRAKer.
+        damping: relative damping of the scores, as for `DampedScoreComputer`.
+        fold: coordinates summed into each column, as for `DropoutProjector`.
+
+    Returns:
+        ``projector``, ``gradient_computer``, ``score_computer``, ``saver`` and, where given,
+        ``grad_wrt``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+    """
+    names = None if grad_wrt is None else grad_wrt if isinstance(grad_wrt, str) else list(grad_wrt)
+    projector = DropoutProjector.from_model(
+        model, proj_dim, seed, proj_type, device, grad_wrt=names, fold=fold
+    )
+    plugs: dict[str, Any] = {
+        "projector": projector,
+        "gradient_computer": DenseGradientComputer,
+        "score_computer": partial(DampedScoreComputer, damping=check_damping(damping)),
+        "saver": partial(ManifestSaver, projector=projector),
+    }
+    if names is not None:
+        plugs["grad_wrt"] = names
+    return plugs

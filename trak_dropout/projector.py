@@ -1,0 +1,371 @@
+"""`DropoutProjector`: a mask behind TRAK's projector interface."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trak.projectors import AbstractProjector, ProjectionType
+
+from trak_dropout._checks import check_integer
+from trak_dropout.masks import (
+    DEFAULT_FOLD,
+    Layout,
+    Mask,
+    check_dimensions,
+    check_scheme,
+    draw_mask,
+    spans,
+)
+
+_LOG = logging.getLogger(__name__)
+
+# Arguments with which TRAK builds its own projectors and for which a mask has no use.
+_TRAK_ARGUMENTS = frozenset({"max_batch_size", "block_size", "model_id"})
+
+
+class NonFiniteGradientError(ValueError):
+    """A kept gradient coordinate is NaN or infinite, or leaves the range of the output dtype.
+
+    Args:
+        message: what is wrong and what to do.
+        samples: positions in the batch of the samples concerned.
+    """
+
+    def __init__(self, message: str, samples: list[int]) -> None:
+        super().__init__(message)
+        self.samples = samples
+
+
+class DropoutProjector(AbstractProjector):
+    """Keeps a random subset of the gradient's coordinates instead of multiplying with a matrix.
+
+    A drop-in for TRAK's projectors. Nothing of the size of a projection matrix exists, the work
+    is linear in the number of coordinates kept, and gradients are never concatenated. Like
+    TRAK's, the projection is not divided by ``sqrt(proj_dim)``: over masks,
+    ``E<Pg, Ph> = proj_dim <g, h>`` for every pair of gradients. Each ``model_id`` has its own,
+    independent mask, which depends on the arguments given here alone.
+
+    Source: coordinate dropout of arXiv 2509.15651; ``fold > 1`` adds a sparse sign sketch as
+    GraSS (arXiv 2505.18976) does.
+
+    Args:
+        grad_dim: number of gradient coordinates (parameters).
+        proj_dim: number of output columns, ``k``; at most ``grad_dim``.
+        seed: seed of the masks.
+        proj_type: the scheme. ``"dropout"``: a uniform random subset. TRAK's own
+            ``ProjectionType`` members, with which TRAK builds a projector class that it is
+            given, mean ``"dropout"`` as well.
+        device: where results lie.
+        dtype: floating-point type of the results. Sums run in float32 or higher.
+        fold: ``fold * proj_dim`` coordinates are drawn (all of them where there are fewer), and
+            each column is the sum of ``fold`` of them with random signs. ``1`` is the paper's
+            pure dropout; the default fills columns that would be zero for every sample.
+        layout: names and shapes of the parameters; `from_model` knows them. With it, gradient
+            mappings are read by name and checked.
+        **kwargs: TRAK's ``max_batch_size``, ``block_size`` and ``model_id``, which a mask has
+            no use for.
+
+    Raises:
+        TypeError: an argument has the wrong type or is unknown.
+        ValueError: ``proj_dim`` or ``fold`` is out of range, or ``proj_type`` is unknown.
+    """
+
+    def __init__(
+        self,
+        grad_dim: int,
+        proj_dim: int,
+        seed: int = 0,
+        proj_type: str = "dropout",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        fold: int = DEFAULT_FOLD,
+        layout: Layout | None = None,
+        **kwargs: Any,
+    ) -> None:
+        unknown = sorted(set(kwargs) - _TRAK_ARGUMENTS)
+        if unknown:
+            raise TypeError(f"DropoutProjector has no argument {', '.join(unknown)}")
+        if isinstance(proj_type, ProjectionType):
+            _LOG.info("proj_type=%s names a dense matrix; using 'dropout'", proj_type.value)
+            proj_type = "dropout"
+        check_scheme(proj_type)
+        check_dimensions(grad_dim, proj_dim, fold)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+        if layout is not None and layout.grad_dim != grad_dim:
+            raise ValueError(
+                f"grad_dim={grad_dim}, but the parameters of layout have {layout.grad_dim} "
+                "coordinates; use DropoutProjector.from_model"
+            )
+        super().__init__(int(grad_dim), int(proj_dim), check_integer("seed", seed), proj_type, device)
+        self.fold = int(fold)
+        self.layout = layout
+        self.dtype = dtype
+        self._compute_dtype = torch.promote_types(dtype, torch.float32)
+        self._plan: _Plan | None = None
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        proj_dim: int,
+        seed: int = 0,
+        proj_type: str = "dropout",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        grad_wrt: Iterable[str] | None = None,
+        *,
+        fold: int = DEFAULT_FOLD,
+    ) -> DropoutProjector:
+        """Build a projector that knows the names and shapes of a model's parameters.
+
+        Args:
+            model: the model whose gradients will be projected.
+            proj_dim: number of output columns.
+            seed: seed of the masks.
+            proj_type: the scheme.
+            device: where results lie.
+            dtype: floating-point type of the results.
+            grad_wrt: names of the parameters to which gradients are restricted, as given to
+                ``TRAKer``; all when None.
+            fold: coordinates summed into each column.
+
+        Returns:
+            The projector.
+
+        Raises:
+            TypeError: an argument has the wrong type.
+            ValueError: the model has no parameters, ``grad_wrt`` names an unknown one, or an
+                argument is out of range.
+        """
+        layout = layout_of(model, grad_wrt)
+        return cls(
+            layout.grad_dim, proj_dim, seed, proj_type, device, dtype, fold=fold, layout=layout
+        )
+
+    def mask(self, model_id: int) -> Mask:
+        """Return the mask of a checkpoint.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The mask; drawn anew at each call, so it is the caller's to keep.
+        """
+        return draw_mask(
+            self.proj_type, self.grad_dim, self.proj_dim, self.seed, model_id, self.fold
+        )
+
+    def project(self, grads: Mapping[str, Tensor] | Tensor, model_id: int) -> Tensor:
+        """Compress a batch of per-sample gradients.
+
+        Args:
+            grads: a mapping from parameter name to per-sample gradients ``(B, *shape)``, or a
+                matrix ``(B, grad_dim)``; any floating-point type, device and strides.
+            model_id: the checkpoint that the gradients belong to.
+
+        Returns:
+            A fresh tensor ``(B, proj_dim)`` of the projector's dtype on its device.
+
+        Raises:
+            TypeError: ``grads`` is neither a mapping of tensors nor a tensor.
+            ValueError: names or sizes do not match what the projector was built for.
+            NonFiniteGradientError: a kept coordinate is NaN or infinite, or a result leaves
+                the range of the dtype; the samples are named. Only kept coordinates are read.
+        """
+        blocks = self._blocks(grads)
+        plan = self._plan_for(int(model_id), tuple(name for name, _ in blocks), blocks)
+        first = blocks[0][1]
+        out = torch.zeros(
+            len(first), self.proj_dim, dtype=self._compute_dtype, device=first.device
+        )
+        with torch.no_grad():
+            for (_, block), kept in zip(blocks, plan.kept, strict=True):
+                if kept is not None:
+                    kept.add_to(out, block)
+        result = out.to(device=self.device, dtype=self.dtype)
+        self._check_finite(out, result, model_id)
+        return result
+
+    def __repr__(self) -> str:
+        return (
+            f"DropoutProjector(grad_dim={self.grad_dim}, proj_dim={self.proj_dim}, "
+            f"seed={self.seed}, proj_type={self.proj_type!r}, fold={self.fold}, "
+            f"dtype={self.dtype}, device={str(self.device)!r})"
+        )
+
+    def free_memory(self) -> None:
+        """Drop the cached mask; it is drawn again, the same, when needed."""
+        self._plan = None
+
+    def _blocks(self, grads: Mapping[str, Tensor] | Tensor) -> list[tuple[str, Tensor]]:
+        """The gradients as named blocks in coordinate order, their sizes checked."""
+        if isinstance(grads, Tensor):
+            if grads.ndim != 2 or grads.shape[1] != self.grad_dim:
+                raise ValueError(
+                    f"grads has shape {tuple(grads.shape)}, expected (B, grad_dim) with "
+                    f"grad_dim={self.grad_dim}: the projector was built for another model or "
+                    "another grad_wrt"
+                )
+            return [("grads", grads)]
+        if not isinstance(grads, Mapping):
+            raise TypeError(
+                f"grads must be a mapping of tensors or a tensor, got {type(grads).__name__}"
+            )
+        if self.layout is not None:
+            self._check_names(grads, self.layout)
+            blocks = [(name, grads[name]) for name in self.layout.names]
+        else:
+            blocks = list(grads.items())
+        lengths = {block.shape[:1] for _, block in blocks}
+        if len(lengths) > 1 or torch.Size() in lengths:
+            raise ValueError(
+                "grads must hold per-sample gradients of one batch size; the first dimensions "
+                f"are {sorted(map(tuple, lengths))}"
+            )
+        total = sum(block.shape[1:].numel() for _, block in blocks)
+        if total != self.grad_dim:
+            raise ValueError(
+                f"grads has {total} coordinates, but the projector was built with "
+                f"grad_dim={self.grad_dim}: another model or another grad_wrt"
+            )
+        return blocks
+
+    def _check_names(self, grads: Mapping[str, Tensor], layout: Layout) -> None:
+        missing = [name for name in layout.names if name not in grads]
+        extra = [name for name in grads if name not in set(layout.names)]
+        if missing or extra:
+            raise ValueError(
+                "grads does not match the model that the projector was built for: "
+                + "; ".join(
+                    f"{word} {_some(names)}"
+                    for word, names in (("missing", missing), ("unexpected", extra))
+                    if names
+                )
+                + ". Give the same grad_wrt to the projector and to TRAKer"
+            )
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            if grads[name].shape[1:] != shape:
+                raise ValueError(
+                    f"grads[{name!r}] has shape {tuple(grads[name].shape)}, expected "
+                    f"(B, {', '.join(map(str, shape))}): the projector was built for another model"
+                )
+
+    def _plan_for(
+        self, model_id: int, names: tuple[str, ...], blocks: list[tuple[str, Tensor]]
+    ) -> _Plan:
+        shapes = tuple(block.shape[1:] for _, block in blocks)
+        device = blocks[0][1].device
+        key = (model_id, names, shapes, device)
+        if self._plan is None or self._plan.key != key:
+            self._plan = _Plan(key, self.mask(model_id), shapes, device, self._compute_dtype)
+        return self._plan
+
+    def _check_finite(self, exact: Tensor, result: Tensor, model_id: int) -> None:
+        bad = ~torch.isfinite(result).all(dim=1)
+        if not bool(bad.any()):
+            return
+        samples = torch.nonzero(bad).flatten().tolist()
+        if bool(torch.isfinite(exact).all()):
+            raise NonFiniteGradientError(
+                f"projected gradients of samples {_some(samples)} of the batch (model_id="
+                f"{model_id}) leave the range of dtype={self.dtype}; use dtype=torch.float32",
+                samples,
+            )
+        raise NonFiniteGradientError(
+            f"gradients of samples {_some(samples)} of the batch (model_id={model_id}) are NaN "
+            "or infinite; look at these samples and at the checkpoint's weights",
+            samples,
+        )
+
+
+class _Plan:
+    """A mask cut into the blocks in which gradients come, its indices on their device."""
+
+    def __init__(
+        self,
+        key: tuple[Any, ...],
+        mask: Mask,
+        shapes: tuple[torch.Size, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.key = key
+        cuts = spans(mask, [shape.numel() for shape in shapes])
+        self.kept = [
+            _Kept(mask, offset, slice(start, stop), device, dtype) if stop > start else None
+            for offset, start, stop in cuts
+        ]
+
+
+class _Kept:
+    """The kept coordinates of one parameter."""
+
+    def __init__(
+        self, mask: Mask, offset: int, place: slice, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.flat = torch.as_tensor(mask.coordinates[place] - offset, device=device)
+        self.columns = torch.as_tensor(mask.columns[place], device=device)
+        self.weights = torch.as_tensor(mask.weights[place]).to(device, dtype)
+        self.place = None if mask.folded else place
+
+    def add_to(self, out: Tensor, block: Tensor) -> None:
+        """Add this parameter's share of the projection to ``out``, ``(B, proj_dim)``."""
+        if block.is_contiguous():
+            flat = block.view(len(block), block.shape[1:].numel())
+            taken = flat.gather(1, self.flat.expand(len(block), -1))
+        elif block.ndim > 1:  # read where it lies: reshaping would copy all of it
+            taken = block[(slice(None), *torch.unravel_index(self.flat, block.shape[1:]))]
+        else:
+            taken = block.unsqueeze(1)
+        taken = taken.to(out.dtype) * self.weights
+        if self.place is not None:
+            out[:, self.place] = taken
+        else:
+            out.index_add_(1, self.columns, taken)
+
+
+def layout_of(model: nn.Module, grad_wrt: Iterable[str] | None = None) -> Layout:
+    """Return the layout of a model's parameters, in ``named_parameters()`` order.
+
+    Args:
+        model: the model.
+        grad_wrt: names of the parameters to restrict to; all when None.
+
+    Returns:
+        The layout.
+
+    Raises:
+        TypeError: ``grad_wrt`` is a single string.
+        ValueError: ``grad_wrt`` is empty or names a parameter that the model lacks, or the
+            model has no parameters.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if grad_wrt is not None:
+        if isinstance(grad_wrt, str):
+            raise TypeError(f"grad_wrt must be a list of parameter names, got {grad_wrt!r}")
+        wanted = set(grad_wrt)
+        unknown = sorted(wanted - set(shapes))
+        if unknown:
+            raise ValueError(
+                f"grad_wrt names {_some(unknown)}, which the model does not have; "
+                "see model.named_parameters()"
+            )
+        shapes = {name: shape for name, shape in shapes.items() if name in wanted}
+    if not shapes:
+        raise ValueError(
+            "there is no parameter to take gradients of: "
+            + ("grad_wrt is empty" if grad_wrt is not None else "the model has none")
+        )
+    return Layout(tuple(shapes), tuple(shapes.values()))
+
+
+def _some(items: list[Any], limit: int = 10) -> str:
+    """The first few items, and how many there are."""
+    shown = ", ".join(map(str, items[:limit]))
+    return shown if len(items) <= limit else f"{shown}, ... ({len(items)} in all)"

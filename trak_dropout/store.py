@@ -1,0 +1,418 @@
+"""What is on disk: TRAK's own files, and beside them a manifest that makes them safe to reopen.
+
+``ManifestSaver`` is the plug for TRAK's saver socket and writes; ``Store`` reads. A store is a
+directory:
+
+    metadata.json, id_<m>.json, experiments.json, scores/    as TRAK writes them
+    <m>/grads.mmap, out_to_loss.mmap, features.mmap, _is_featurized.mmap    likewise
+    <m>/weights.safetensors    the checkpoint's weights, where the Lightning callback collected
+    manifest.json    how the features came about
+
+A plain ``TRAKer`` opens it, since the manifest lies beside its files and changes none of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from trak.savers import MmapSaver
+
+from trak_dropout._files import write_json
+from trak_dropout._safetensors import load_tensors, save_tensors
+from trak_dropout.masks import Layout
+from trak_dropout.projector import DropoutProjector
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class StoreMismatchError(ValueError):
+    """A store on disk belongs to other settings than those given."""
+
+
+class IncompleteStoreError(ValueError):
+    """What was asked of a store has not been collected."""
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """Everything that must be the same for features to be comparable.
+
+    Args:
+        scheme: the projector's ``proj_type``.
+        fold: coordinates summed into a column.
+        seed: seed of the masks.
+        proj_dim: number of columns.
+        grad_dim: number of gradient coordinates.
+        parameters: name and shape of each parameter in coordinate order; None when unknown.
+        train_set_size: number of training samples (rows).
+        dtype: storage type, ``"float32"`` or ``"float16"``.
+        task: name of the model output function; None when unknown.
+    """
+
+    scheme: str
+    fold: int
+    seed: int
+    proj_dim: int
+    grad_dim: int
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] | None
+    train_set_size: int
+    dtype: str
+    task: str | None = None
+
+    @classmethod
+    def of(
+        cls, projector: DropoutProjector, train_set_size: int, dtype: str, task: str | None = None
+    ) -> StoreSettings:
+        """Return the settings under which a projector's output is stored."""
+        layout = projector.layout
+        return cls(
+            scheme=projector.proj_type,
+            fold=projector.fold,
+            seed=projector.seed,
+            proj_dim=projector.proj_dim,
+            grad_dim=projector.grad_dim,
+            parameters=None
+            if layout is None
+            else tuple(zip(layout.names, layout.shapes, strict=True)),
+            train_set_size=train_set_size,
+            dtype=dtype,
+            task=task,
+        )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> StoreSettings:
+        """Return the settings that a manifest holds."""
+        parameters = content["parameters"]
+        if parameters is not None:
+            parameters = tuple((name, tuple(shape)) for name, shape in parameters)
+        return cls(**{**content, "parameters": parameters})
+
+    def differences(self, other: StoreSettings) -> list[str]:
+        """Say how another's settings differ; what either leaves unknown does not count."""
+        mine, theirs = asdict(self), asdict(other)
+        return [
+            f"{name} is {mine[name]!r} in the store, {theirs[name]!r} given"
+            if name != "parameters"
+            else _parameter_difference(mine[name], theirs[name])
+            for name in mine
+            if mine[name] != theirs[name] and None not in (mine[name], theirs[name])
+        ]
+
+    def projector(self, device: str | torch.device = "cpu") -> DropoutProjector:
+        """Build the projector that draws the masks of these settings, with float32 output."""
+        layout = None
+        if self.parameters is not None:
+            names, shapes = zip(*self.parameters, strict=True)
+            layout = Layout(names, shapes)
+        return DropoutProjector(
+            self.grad_dim,
+            self.proj_dim,
+            self.seed,
+            self.scheme,
+            device,
+            fold=self.fold,
+            layout=layout,
+        )
+
+
+class ManifestSaver(MmapSaver):
+    """TRAK's saver with a manifest beside its files.
+
+    Reopening a directory with anything different raises before anything is written. Values that
+    storage cannot hold (NaN, infinities, float16 overflow) are refused instead of stored.
+
+    Args:
+        save_dir: the directory.
+        metadata: TRAK's metadata.
+        train_set_size: number of training samples.
+        proj_dim: number of columns.
+        load_from_save_dir: as for TRAK's savers.
+        logging_level: as for TRAK's savers.
+        use_half_precision: store float16 instead of float32.
+        projector: the projector whose output is stored.
+        task: name of the model output function, if known.
+
+    Raises:
+        StoreMismatchError: the directory holds features of other settings, or features without
+            a manifest, or the projector is not the one that ``metadata`` speaks of.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        metadata: dict[str, Any],
+        train_set_size: int,
+        proj_dim: int,
+        load_from_save_dir: bool,
+        logging_level: int,
+        use_half_precision: bool,
+        *,
+        projector: DropoutProjector,
+        task: str | None = None,
+    ) -> None:
+        given = (proj_dim, metadata.get("JL matrix type"))
+        if given != (projector.proj_dim, projector.proj_type):
+            raise StoreMismatchError(
+                f"TRAKer projects with (proj_dim, type) = {given}, but the saver was made for "
+                f"{projector!r}; give TRAKer the projector and the saver of one plugin() call"
+            )
+        self.settings = StoreSettings.of(
+            projector, train_set_size, "float16" if use_half_precision else "float32", task
+        )
+        root = Path(save_dir).resolve()
+        self.manifest = _claim(root, self.settings)
+        super().__init__(
+            save_dir=root,
+            metadata=metadata,
+            train_set_size=train_set_size,
+            proj_dim=proj_dim,
+            load_from_save_dir=load_from_save_dir,
+            logging_level=logging_level,
+            use_half_precision=use_half_precision,
+        )
+
+    def describe(self, model_id: int, **facts: Any) -> None:
+        """Add facts about a checkpoint to the manifest.
+
+        Args:
+            model_id: the checkpoint.
+            **facts: JSON values, such as ``epoch`` and ``global_step``.
+        """
+        self.manifest["model_ids"].setdefault(str(model_id), {}).update(facts)
+        self._write_manifest()
+
+    def describe_run(self, **facts: Any) -> None:
+        """Add facts about the run as a whole to the manifest.
+
+        Args:
+            **facts: JSON values.
+        """
+        self.manifest["run"].update(facts)
+        self._write_manifest()
+
+    def save_weights(self, model_id: int, weights: Mapping[str, Tensor]) -> None:
+        """Write a checkpoint's weights beside its features.
+
+        Args:
+            model_id: the checkpoint.
+            weights: the model's state dict.
+
+        Raises:
+            TypeError: an entry is no tensor or has a dtype that cannot be stored.
+        """
+        save_tensors(_weights_file(self.save_dir, model_id), weights)
+
+    def _write_manifest(self) -> None:
+        write_json(self.save_dir / MANIFEST, self.manifest)
+
+    def _load(
+        self, fname: Path, shape: tuple[int, ...], mode: str, dtype: Any = None
+    ) -> np.memmap | None:
+        array = super()._load(fname, shape, mode, dtype)
+        return array if array is None or array.dtype.kind != "f" else array.view(_FiniteMemmap)
+
+
+class _FiniteMemmap(np.memmap):
+    """A memory map that refuses NaN and infinities."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        with np.errstate(over="ignore"):
+            array = np.asarray(value).astype(self.dtype, copy=False)
+        finite = np.isfinite(np.atleast_2d(array))
+        if not finite.all():
+            rows = np.flatnonzero(~finite.all(axis=1))
+            raise ValueError(
+                f"rows {rows[:10].tolist()} of what is being written to {Path(self.filename).name}"
+                f" are NaN or infinite as {self.dtype}"
+                + ("; use use_half_precision=False" if self.dtype == np.float16 else "")
+            )
+        super().__setitem__(key, array)
+
+
+class FeatureFiles:
+    """Read access to a directory in TRAK's layout, whoever wrote it.
+
+    Args:
+        save_dir: the directory.
+
+    Raises:
+        FileNotFoundError: it holds nothing of TRAK's.
+    """
+
+    def __init__(self, save_dir: str | Path) -> None:
+        self.save_dir = Path(save_dir).resolve()
+        if not (self.save_dir / "metadata.json").is_file():
+            raise FileNotFoundError(
+                f"save_dir={str(self.save_dir)!r} holds no TRAK results (no metadata.json)"
+            )
+
+    @property
+    def model_ids(self) -> list[int]:
+        """The checkpoints all of whose training samples are featurized, ascending."""
+        ids = []
+        for file in self.save_dir.glob("id_*.json"):
+            for model_id, state in json.loads(file.read_text()).items():
+                if state["is_featurized"] == 1:
+                    ids.append(int(model_id))
+        return sorted(ids)
+
+    def choose(self, model_ids: Iterable[int] | None = None) -> list[int]:
+        """Return the checkpoints asked for, or all complete ones.
+
+        Args:
+            model_ids: checkpoints; all complete ones when None.
+
+        Returns:
+            The checkpoints.
+
+        Raises:
+            IncompleteStoreError: one of them is not complete, or there is none.
+        """
+        complete = self.model_ids
+        chosen = complete if model_ids is None else [int(m) for m in model_ids]
+        absent = [m for m in chosen if m not in complete]
+        if absent or not chosen:
+            raise IncompleteStoreError(
+                f"model_ids {absent} are not complete in {self.save_dir}; complete are {complete}"
+                if absent
+                else f"{self.save_dir} holds no completely featurized checkpoint"
+            )
+        return chosen
+
+    def grads(self, model_id: int) -> NDArray[np.floating[Any]]:
+        """Compressed training gradients, ``(n_train, proj_dim)``, memory-mapped read-only."""
+        return self._open(model_id, "grads")
+
+    def out_to_loss(self, model_id: int) -> NDArray[np.floating[Any]]:
+        """Out-to-loss gradients, ``(n_train, 1)``, memory-mapped read-only."""
+        return self._open(model_id, "out_to_loss")
+
+    def _open(self, model_id: int, name: str) -> NDArray[np.floating[Any]]:
+        file = self.save_dir / str(model_id) / f"{name}.mmap"
+        if not file.is_file():
+            raise IncompleteStoreError(f"{file} does not exist: model_id={model_id} has no {name}")
+        return np.load(file, mmap_mode="r")
+
+
+class Store(FeatureFiles):
+    """Read access to a store with a manifest.
+
+    Args:
+        save_dir: the directory that a `ManifestSaver` or the Lightning callback wrote.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        StoreMismatchError: the manifest is of another format version.
+    """
+
+    def __init__(self, save_dir: str | Path) -> None:
+        file = Path(save_dir).resolve() / MANIFEST
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"save_dir={str(save_dir)!r} holds no store (no {MANIFEST}); "
+                "results of a plain TRAKer are read with TRAKer"
+            )
+        super().__init__(save_dir)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as it stands on disk."""
+        return _read_manifest(self.save_dir)
+
+    @cached_property
+    def settings(self) -> StoreSettings:
+        """The settings under which the features came about."""
+        return StoreSettings.from_json(self.manifest["settings"])
+
+    @property
+    def train_set_size(self) -> int:
+        """Number of training samples (rows)."""
+        return self.settings.train_set_size
+
+    def describe(self, model_id: int) -> dict[str, Any]:
+        """What the manifest says of a checkpoint, such as its epoch and global step."""
+        return dict(self.manifest["model_ids"].get(str(model_id), {}))
+
+    def weights(self, model_id: int) -> dict[str, Tensor]:
+        """Return a checkpoint's weights.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            Name to tensor, on the CPU, as for ``load_state_dict``.
+
+        Raises:
+            IncompleteStoreError: the store holds no weights for it.
+        """
+        file = _weights_file(self.save_dir, model_id)
+        if not file.is_file():
+            raise IncompleteStoreError(
+                f"{self.save_dir} holds no weights for model_id={model_id}: only the Lightning "
+                "callback keeps them; score with TRAKer and your own checkpoints"
+            )
+        return load_tensors(file)
+
+    def __repr__(self) -> str:
+        s = self.settings
+        return (
+            f"Store({str(self.save_dir)!r}: {s.train_set_size} samples x {s.proj_dim} columns, "
+            f"{s.scheme} fold {s.fold}, {s.dtype}, model_ids {self.model_ids})"
+        )
+
+
+def _weights_file(root: Path, model_id: int) -> Path:
+    return root / str(model_id) / "weights.safetensors"
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    content = json.loads((root / MANIFEST).read_text())
+    if content.get("format_version") != FORMAT_VERSION:
+        raise StoreMismatchError(
+            f"{root / MANIFEST} has format_version {content.get('format_version')}, this version "
+            f"of trak_dropout reads {FORMAT_VERSION}"
+        )
+    return content
+
+
+def _claim(root: Path, settings: StoreSettings) -> dict[str, Any]:
+    """Read and check the manifest of a directory, or write one where there is none."""
+    if (root / MANIFEST).is_file():
+        manifest = _read_manifest(root)
+        differences = StoreSettings.from_json(manifest["settings"]).differences(settings)
+        if differences:
+            raise StoreMismatchError(
+                f"{root} was written with other settings: {'; '.join(differences)}. "
+                "Give the same settings, or another save_dir"
+            )
+        return manifest
+    if any(root.glob("id_*.json")):
+        raise StoreMismatchError(
+            f"{root} holds TRAK features without a {MANIFEST}, so seed and scheme of their "
+            "projection are unknown; give another save_dir"
+        )
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "settings": asdict(settings),
+        "run": {},
+        "model_ids": {},
+    }
+    write_json(root / MANIFEST, manifest)
+    return manifest
+
+
+def _parameter_difference(mine: Any, theirs: Any) -> str:
+    for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
+        if a != b:
+            return f"parameter {i} is {a[0]} {tuple(a[1])} in the store, {b[0]} {tuple(b[1])} given"
+    return f"the store has {len(mine)} parameters, the model given {len(theirs)}"
