@@ -15,8 +15,6 @@ from trak_dropout.store import (
     StoreMismatchError,
 )
 
-
-
 __all__ = [
     "AttributionStore",
     "BatchError",

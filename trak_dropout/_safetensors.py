@@ -65,7 +65,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(text)
         for tensor in tensors.values():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -98,6 +98,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{path} is cut short: tensor {name!r} does not fit")
             file.seek(8 + length + start)
             data = torch.empty(entry["shape"], dtype=dtype)
-            file.readinto(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            file.readinto(data.reshape(-1).view(torch.uint8).numpy().data)
             tensors[name] = data
     return tensors

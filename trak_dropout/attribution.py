@@ -138,7 +138,7 @@ class AttributionStore(Store):
         layout = projector.layout
         featurizer = Featurizer(model, task, projector, None if layout is None else layout.names)
         computer = DampedScoreComputer(torch.float32, device, damping)
-        targets = [batch for batch in in_dataset_order(loader)]
+        targets = list(in_dataset_order(loader))
         if not targets:
             raise BatchError("loader: there are no targets in it")
 
@@ -222,7 +222,11 @@ def in_dataset_order(loader: Iterable[Any], batch_size: int | None = None) -> It
     """
     if not isinstance(loader, DataLoader):
         return loader
-    if batch_size is None and not isinstance(loader.sampler, RandomSampler) and not loader.drop_last:
+    if (
+        batch_size is None
+        and not isinstance(loader.sampler, RandomSampler)
+        and not loader.drop_last
+    ):
         return loader
     return sequential_loader(loader, batch_size)
 
@@ -261,9 +265,10 @@ def to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
         The batch on the device.
     """
     if hasattr(model, "transfer_batch_to_device"):
-        batch = model.on_before_batch_transfer(batch, 0)
-        batch = model.transfer_batch_to_device(batch, device, 0)
-        return model.on_after_batch_transfer(batch, 0)
+        module: Any = model
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.transfer_batch_to_device(batch, device, 0)
+        return module.on_after_batch_transfer(batch, 0)
     if isinstance(batch, list | tuple):
         return [part.to(device) if isinstance(part, Tensor) else part for part in batch]
     return batch

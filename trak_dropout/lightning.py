@@ -16,7 +16,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,
+)
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
@@ -168,7 +170,7 @@ class GradientCollector(pl.Callback):
             batch = to_device(pl_module, next(iter(loader)), pl_module.device)
             featurizer.features(batch, 0)
             featurizer.out_to_loss(batch)
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's debugging
             self._collection = None
             return
         self._claim(resumed=trainer.global_step > 0)
@@ -242,9 +244,7 @@ class GradientCollector(pl.Callback):
         Returns:
             float32 ``(n_train, n_targets)``; see `AttributionStore.attribute`.
         """
-        return self.store.attribute(
-            loader, model_ids=model_ids, damping=damping, progress=progress
-        )
+        return self.store.attribute(loader, model_ids=model_ids, damping=damping, progress=progress)
 
     def self_influence(
         self, model_ids: Iterable[int] | None = None, damping: float | str = "auto"
@@ -290,9 +290,9 @@ class GradientCollector(pl.Callback):
             return
         if not self.overwrite:
             raise StoreMismatchError(
-                f"save_dir={str(self.save_dir)!r} holds {len(manifest['model_ids'])} collections of "
-                "an earlier run; give another save_dir, resume that run with fit(ckpt_path=...), or "
-                "set overwrite=True to delete them"
+                f"save_dir={str(self.save_dir)!r} holds {len(manifest['model_ids'])} collections "
+                "of an earlier run; give another save_dir, resume that run with "
+                "fit(ckpt_path=...), or set overwrite=True to delete them"
             )
         shutil.rmtree(self.save_dir)
 
@@ -321,7 +321,7 @@ class GradientCollector(pl.Callback):
             preserved(module, weights=False),
         ):
             random.seed(self.seed)
-            np.random.seed(self.seed % 2**32)
+            np.random.seed(self.seed % 2**32)  # noqa: NPY002  # for data sets that use it
             torch.manual_seed(self.seed)
             module.eval()
             yield

@@ -210,6 +210,4 @@ def spans(mask: Mask, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
     """
     ends = np.cumsum(np.asarray([0, *sizes], dtype=np.int64))
     cuts = np.searchsorted(mask.coordinates, ends)
-    return [
-        (int(ends[i]), int(cuts[i]), int(cuts[i + 1])) for i in range(len(sizes))
-    ]
+    return [(int(ends[i]), int(cuts[i]), int(cuts[i + 1])) for i in range(len(sizes))]

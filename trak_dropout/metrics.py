@@ -23,9 +23,7 @@ def mislabel_auc(self_influence: ArrayLike, flipped: ArrayLike) -> float:
     ranks = _ranks(scores)
     positives = int(wrong.sum())
     negatives = len(wrong) - positives
-    return float(
-        (ranks[wrong].sum() - positives * (positives + 1) / 2) / (positives * negatives)
-    )
+    return float((ranks[wrong].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def mislabel_recall(self_influence: ArrayLike, flipped: ArrayLike, share: float) -> float:

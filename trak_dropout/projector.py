@@ -102,7 +102,9 @@ class DropoutProjector(AbstractProjector):
                 f"grad_dim={grad_dim}, but the parameters of layout have {layout.grad_dim} "
                 "coordinates; use DropoutProjector.from_model"
             )
-        super().__init__(int(grad_dim), int(proj_dim), check_integer("seed", seed), proj_type, device)
+        super().__init__(
+            int(grad_dim), int(proj_dim), check_integer("seed", seed), proj_type, device
+        )
         self.fold = int(fold)
         self.layout = layout
         self.dtype = dtype
@@ -181,9 +183,7 @@ class DropoutProjector(AbstractProjector):
         blocks = self._blocks(grads)
         plan = self._plan_for(int(model_id), tuple(name for name, _ in blocks), blocks)
         first = blocks[0][1]
-        out = torch.zeros(
-            len(first), self.proj_dim, dtype=self._compute_dtype, device=first.device
-        )
+        out = torch.zeros(len(first), self.proj_dim, dtype=self._compute_dtype, device=first.device)
         with torch.no_grad():
             for (_, block), kept in zip(blocks, plan.kept, strict=True):
                 if kept is not None:
@@ -320,7 +320,8 @@ class _Kept:
             flat = block.view(len(block), block.shape[1:].numel())
             taken = flat.gather(1, self.flat.expand(len(block), -1))
         elif block.ndim > 1:  # read where it lies: reshaping would copy all of it
-            taken = block[(slice(None), *torch.unravel_index(self.flat, block.shape[1:]))]
+            axes = torch.unravel_index(self.flat, block.shape[1:])
+            taken = block.movedim(0, -1)[axes].T
         else:
             taken = block.unsqueeze(1)
         taken = taken.to(out.dtype) * self.weights

@@ -232,8 +232,8 @@ class _FiniteMemmap(np.memmap):
         if not finite.all():
             rows = np.flatnonzero(~finite.all(axis=1))
             raise ValueError(
-                f"rows {rows[:10].tolist()} of what is being written to {Path(self.filename).name}"
-                f" are NaN or infinite as {self.dtype}"
+                f"rows {rows[:10].tolist()} of what is being written to "
+                f"{Path(str(self.filename)).name} are NaN or infinite as {self.dtype}"
                 + ("; use use_half_precision=False" if self.dtype == np.float16 else "")
             )
         super().__setitem__(key, array)
