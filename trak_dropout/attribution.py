@@ -128,7 +128,7 @@ class AttributionStore(Store):
             StoreMismatchError: the model's parameters are not those in the store.
             ValueError: no model or task is known.
         """
-        model = model or self._model
+        model = self._model if model is None else model
         if model is None:
             raise ValueError("model is needed to compute the targets' gradients; none was given")
         task = resolve_task(self._resolved_task())
@@ -177,7 +177,7 @@ class AttributionStore(Store):
         return self_influence(self, model_ids, damping)
 
     def _resolved_task(self) -> str | AbstractModelOutput:
-        task = self._task or self.settings.task
+        task = self.settings.task if self._task is None else self._task
         if task is None or (isinstance(task, str) and task not in TASK_TO_MODELOUT):
             raise ValueError(
                 f"task is needed: {self.save_dir} was collected with the model output function "

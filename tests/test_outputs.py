@@ -1,0 +1,87 @@
+"""LossOutput against autograd, and task names."""
+
+import pytest
+import torch
+from cases import convnet, digits, per_sample_gradients, trained
+from torch import Tensor, nn
+from trak.gradient_computers import IterativeGradientComputer
+from trak.modelout_functions import ImageClassificationModelOutput
+from trak.utils import get_num_params
+
+from trak_dropout import DenseGradientComputer, LossOutput
+from trak_dropout.outputs import resolve_task, task_name
+
+
+def batch(n: int = 6) -> list[Tensor]:
+    images, labels = digits()
+    return [images[:n], labels[:n]]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.functional.cross_entropy,
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        lambda o, t: nn.functional.cross_entropy(o, t, reduction="none"),
+        lambda o, t: nn.functional.cross_entropy(2 * o, t, reduction="sum"),
+    ],
+)
+def test_gradients_are_those_of_minus_the_loss(loss) -> None:
+    model = trained(convnet(), 1)
+    expected = per_sample_gradients(model, lambda m, x, y: -loss(m(x), y).sum(), batch())
+    grads = DenseGradientComputer(model, LossOutput(loss)).compute_per_sample_grad(batch())
+    flat = torch.cat([g.reshape(6, -1) for g in grads.values()], 1)
+    torch.testing.assert_close(flat, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_works_with_traks_iterative_computer() -> None:
+    model, output = trained(convnet(), 1), LossOutput(nn.CrossEntropyLoss())
+    iterative = IterativeGradientComputer(
+        model, output, get_num_params(model), torch.float32, "cpu"
+    ).compute_per_sample_grad(batch())
+    dense = DenseGradientComputer(model, output).compute_per_sample_grad(batch())
+    flat = torch.cat([g.reshape(6, -1) for g in dense.values()], 1)
+    torch.testing.assert_close(iterative, flat, rtol=1e-3, atol=1e-5)
+
+
+def test_regression_with_several_inputs() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.linear(a + b)
+
+    model, data = Sum(), [torch.randn(5, 3), torch.randn(5, 3), torch.randn(5, 2)]
+    output = LossOutput(nn.functional.mse_loss)
+    expected = per_sample_gradients(
+        model, lambda m, a, b, t: -nn.functional.mse_loss(m(a, b), t), data
+    )
+    grads = DenseGradientComputer(model, output).compute_per_sample_grad(data)
+    torch.testing.assert_close(torch.cat([g.reshape(5, -1) for g in grads.values()], 1), expected)
+
+
+def test_out_to_loss_gradient_is_one() -> None:
+    computer = DenseGradientComputer(convnet(), LossOutput(nn.functional.cross_entropy))
+    assert torch.equal(computer.compute_loss_grad(batch()), torch.ones(6, 1))
+
+
+def test_bad_losses() -> None:
+    with pytest.raises(TypeError, match="loss_fn must be callable"):
+        LossOutput("cross_entropy")
+    per_class = LossOutput(lambda output, target: output)
+    with pytest.raises(ValueError, match="one value for one sample"):
+        DenseGradientComputer(convnet().eval(), per_class).compute_per_sample_grad(batch())
+
+
+def test_tasks_by_name() -> None:
+    assert isinstance(resolve_task("image_classification"), ImageClassificationModelOutput)
+    output = LossOutput(nn.functional.mse_loss)
+    assert resolve_task(output) is output
+    assert task_name("clip") == "clip"
+    assert task_name(output) == "LossOutput"
+    with pytest.raises(ValueError, match="task='images' is not known; use one of image_class"):
+        resolve_task("images")
+    with pytest.raises(TypeError, match="task must be a name"):
+        resolve_task(LossOutput)

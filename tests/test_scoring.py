@@ -1,0 +1,220 @@
+"""Damped scores against dense float64 algebra."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import checkpoints, loader, mlp, per_sample_gradients, quickstart, target_set, train_set
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from trak_dropout import (
+    DampedScoreComputer,
+    DropoutProjector,
+    GramError,
+    LossOutput,
+    plugin,
+    self_influence,
+)
+from trak_dropout.scoring import DEFAULT_DAMPING
+from trak_dropout.store import FeatureFiles
+
+
+def dense_features(x: Tensor, damping: float = DEFAULT_DAMPING, ridge: float = 0.0) -> Tensor:
+    x = x.double()
+    gram = x.T @ x
+    lam = ridge or damping * gram.trace() / x.shape[1]
+    return x @ torch.linalg.inv(gram + lam * torch.eye(x.shape[1], dtype=torch.float64))
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 40),
+    damping=st.sampled_from([1e-3, 0.1, 1.0, 10.0]),
+    scale=st.sampled_from([1e-6, 1.0, 1e4]),
+    kind=st.sampled_from(["full", "rank one", "constant columns", "duplicates", "dead columns"]),
+    seed=st.integers(0, 100),
+)
+def test_equals_dense_algebra(
+    n: int, k: int, damping: float, scale: float, kind: str, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(n, k, generator=random)
+    if kind == "rank one":
+        x = x[:, :1] @ torch.ones(1, k)
+    elif kind == "constant columns":
+        x[:, ::2] = scale
+    elif kind == "duplicates":
+        x[:] = x[0].clone()
+    elif kind == "dead columns":
+        x[:, 1::2] = 0
+    computer = DampedScoreComputer(damping=damping)
+    gram = computer.get_xtx(x)
+    assert gram.shape == (min(n, k), min(n, k))  # the dual form where k > n
+    expected = dense_features(x, damping)
+    features = computer.get_x_xtx_inv(x, gram)
+    assert features.dtype == torch.float32
+    bound = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(features.double(), expected, rtol=1e-5, atol=bound)
+    leverages = (expected * x.double()).sum(1)
+    torch.testing.assert_close(
+        computer.get_leverages(x), leverages, rtol=1e-6, atol=1e-9 * leverages.max().item()
+    )
+
+
+def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(50, 20)
+    for features in (x, x.T):
+        whole = DampedScoreComputer()
+        expected = whole.get_x_xtx_inv(features, whole.get_xtx(features))
+        leverages = whole.get_leverages(features)
+        monkeypatch.setattr("trak_dropout.scoring._BLOCK_ROWS", 7)
+        torch.testing.assert_close(whole.get_x_xtx_inv(features, whole.get_xtx(features)), expected)
+        torch.testing.assert_close(whole.get_leverages(features), leverages)
+        monkeypatch.undo()
+
+
+def test_scores_add_to_the_accumulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trak_dropout.scoring._BLOCK_ROWS", 7)
+    features, targets, total = torch.randn(30, 8), torch.randn(5, 8), torch.ones(30, 5)
+    DampedScoreComputer().get_scores(features, targets, total)
+    torch.testing.assert_close(total, 1 + features @ targets.T)
+    half = torch.zeros(30, 5)
+    DampedScoreComputer().get_scores(features.half(), targets.half(), half)
+    torch.testing.assert_close(half, features.half().float() @ targets.half().float().T)
+
+
+def test_lambda_reg_keeps_its_meaning() -> None:
+    x = torch.randn(30, 8)
+    computer = DampedScoreComputer(lambda_reg=0.7, logging_level=logging.ERROR)
+    torch.testing.assert_close(
+        computer.get_x_xtx_inv(x, computer.get_xtx(x)), dense_features(x, ridge=0.7).float()
+    )
+
+
+def test_half_precision_features_fit_their_storage() -> None:
+    # Gradients of 1e-4 give features of the order of 1e4 / n: over float16's range when scaled up.
+    x = 1e-4 * torch.randn(30, 8)
+    for scale in (1e-3, 1.0, 1e6):
+        computer = DampedScoreComputer(dtype=torch.float16)
+        features = computer.get_x_xtx_inv(scale * x, computer.get_xtx(scale * x))
+        stored = features.half()
+        assert torch.isfinite(stored).all()
+        expected = dense_features(scale * x)
+        torch.testing.assert_close(
+            stored.double(), expected / expected.abs().mean(), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("shape", [(20, 6), (6, 20)])
+def test_singular_gram_matrix_is_refused(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape)
+    if shape[0] > shape[1]:
+        x[:, 2] = 0
+    else:
+        x[2] = x[1]
+    computer = DampedScoreComputer(damping=0.0)
+    with pytest.raises(GramError, match=r"singular with damping=0.0.*use damping='auto'"):
+        computer.get_x_xtx_inv(x, computer.get_xtx(x))
+    with pytest.raises(GramError, match="singular"):
+        computer.get_leverages(x)
+    full = torch.randn(20, 6)
+    torch.testing.assert_close(
+        computer.get_x_xtx_inv(full, computer.get_xtx(full)), dense_features(full, 0.0).float()
+    )
+
+
+def test_unusable_gram_matrices_are_refused() -> None:
+    with pytest.raises(GramError, match="every compressed gradient is zero"):
+        DampedScoreComputer().get_xtx(torch.zeros(5, 3))
+    x = torch.randn(5, 3)
+    x[3, 1] = float("nan")
+    with pytest.raises(GramError, match=r"samples \[3\] are NaN"):
+        DampedScoreComputer().get_xtx(x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"damping": -1}, "damping must be 'auto' or a number not below 0, got -1"),
+        ({"damping": "high"}, "damping must be"),
+        ({"damping": float("nan")}, "damping must be"),
+        ({"damping": True}, "damping must be"),
+        ({"lambda_reg": -1.0}, "lambda_reg must be finite"),
+        ({"damping": 0.1, "lambda_reg": 0.1}, "both given"),
+    ],
+)
+def test_bad_arguments(arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DampedScoreComputer(**arguments)
+
+
+def test_loss_output_gives_the_influence_function(tmp_path: Path) -> None:
+    # g_target^T (F + lambda I)^-1 g_train with F = G^T G / n: with every coordinate kept once the
+    # features are G up to scale and signs, so n times TRAK's score is the influence itself.
+    model = mlp(4)
+    states = checkpoints(model, 1)
+    p, n, m = sum(w.numel() for w in model.parameters()), 40, 6
+    loss = LossOutput(nn.functional.cross_entropy)
+    _, scores = quickstart(
+        model,
+        states,
+        tmp_path,
+        task=loss,
+        n_train=n,
+        n_targets=m,
+        use_half_precision=False,
+        **plugin(model, p, damping=0.1),
+    )
+
+    def output(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(net(x), y)
+
+    train = per_sample_gradients(model, output, next(iter(loader(train_set(n), n)))).double()
+    target = per_sample_gradients(model, output, next(iter(loader(target_set(m), m)))).double()
+    fisher = train.T @ train / n
+    damped = fisher + 0.1 * fisher.trace() / p * torch.eye(p, dtype=torch.float64)
+    influence = train @ torch.linalg.solve(damped, target.T)
+    np.testing.assert_allclose(
+        n * scores, influence.numpy(), rtol=2e-3, atol=2e-4 * float(influence.abs().max())
+    )
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_self_influence_is_the_diagonal_of_the_scores(tmp_path: Path, half: bool) -> None:
+    model = mlp()
+    traker, scores = quickstart(
+        model,
+        checkpoints(model, 2),
+        tmp_path,
+        targets=loader(train_set()),
+        n_targets=300,
+        use_half_precision=half,
+        **plugin(model, 64),
+    )
+    values = self_influence(traker)
+    assert values.shape == (300,)
+    if half:  # features are rescaled per checkpoint there, as TRAK rescales them
+        assert np.corrcoef(values, np.diag(scores))[0, 1] > 0.99
+    else:
+        np.testing.assert_allclose(values, np.diag(scores), rtol=1e-4)
+    np.testing.assert_array_equal(values, self_influence(FeatureFiles(tmp_path)))
+    one = self_influence(traker, model_ids=[1])
+    assert not np.allclose(one, values)
+    assert not np.allclose(self_influence(traker, damping=0.1), values)
+
+
+def test_self_influence_takes_the_trakers_damping(tmp_path: Path) -> None:
+    model = mlp()
+    states = checkpoints(model, 1)
+    damped, _ = quickstart(model, states, tmp_path / "a", **plugin(model, 64, damping=0.01))
+    plain, _ = quickstart(
+        model, states, tmp_path / "b", projector=DropoutProjector.from_model(model, 64)
+    )
+    np.testing.assert_array_equal(self_influence(damped), self_influence(plain, damping=0.01))
+    with pytest.raises(TypeError, match="must be a store or a TRAKer"):
+        self_influence(tmp_path)

@@ -1,0 +1,179 @@
+"""The store: what is refused on reopening, and that nothing bad is ever written."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import checkpoints, mlp, quickstart
+from torch import nn
+from trak import TRAKer
+
+from trak_dropout import (
+    DropoutProjector,
+    IncompleteStoreError,
+    Store,
+    StoreMismatchError,
+    open_store,
+    plugin,
+)
+from trak_dropout.store import FeatureFiles
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[nn.Module, Path]:
+    model = mlp()
+    quickstart(model, checkpoints(model, 2), tmp_path / "s", **plugin(model, 32))
+    return model, tmp_path / "s"
+
+
+def reopen(model: nn.Module, save_dir: Path, n: int = 300, half: bool = True, **options) -> TRAKer:
+    return TRAKer(
+        model,
+        "image_classification",
+        n,
+        str(save_dir),
+        device="cpu",
+        use_half_precision=half,
+        logging_level=logging.ERROR,
+        **plugin(model, **{"proj_dim": 32, **options}),
+    )
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(f): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_manifest_says_how_the_features_came_about(stored: tuple[nn.Module, Path]) -> None:
+    manifest = json.loads((stored[1] / "manifest.json").read_text())
+    settings = manifest["settings"]
+    assert manifest["format_version"] == 1
+    assert settings["scheme"] == "dropout"
+    assert settings["grad_dim"] == 2410
+    assert settings["parameters"][0] == ["1.weight", [32, 64]]
+    assert settings["dtype"] == "float16"
+    store = Store(stored[1])
+    assert store.model_ids == [0, 1]
+    assert store.train_set_size == 300
+    assert store.grads(1).shape == (300, 32)
+    assert store.out_to_loss(1).shape == (300, 1)
+    assert "300 samples x 32 columns" in repr(store)
+    assert isinstance(store.settings.projector(), DropoutProjector)
+
+
+def test_same_settings_reopen(stored: tuple[nn.Module, Path]) -> None:
+    traker = reopen(*stored)
+    assert sorted(traker.saver.model_ids) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": 9}, "seed is 0 in the store, 9 given"),
+        ({"proj_dim": 33}, "proj_dim is 32 in the store, 33 given"),
+        ({"fold": 3}, "fold is 16 in the store, 3 given"),
+        ({"n": 299}, "train_set_size is 300 in the store, 299 given"),
+        ({"half": False}, "dtype is 'float16' in the store, 'float32' given"),
+        ({"grad_wrt": ["1.weight"]}, "the store has 4 parameters, the model given 1"),
+    ],
+)
+def test_other_settings_are_refused_and_nothing_is_touched(
+    stored: tuple[nn.Module, Path], options: dict, words: str
+) -> None:
+    before = listing(stored[1])
+    with pytest.raises(StoreMismatchError, match=words):
+        reopen(*stored, **options)
+    assert listing(stored[1]) == before
+
+
+def test_another_model_is_refused(stored: tuple[nn.Module, Path]) -> None:
+    wider = mlp(33)
+    with pytest.raises(
+        StoreMismatchError, match=r"parameter 0 is 1.weight \(32, 64\) in the store"
+    ):
+        reopen(wider, stored[1])
+    # As many coordinates, but in another order.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    model.register_parameter("first", nn.Parameter(torch.zeros(10)))
+    del model[3].bias
+    model[3].bias = None
+    with pytest.raises(StoreMismatchError, match="parameter 0 is 1.weight"):
+        reopen(model, stored[1])
+
+
+def test_projector_and_saver_must_belong_together(tmp_path: Path) -> None:
+    model = mlp()
+    plugs = plugin(model, 32) | {"projector": DropoutProjector.from_model(model, 31)}
+    with pytest.raises(StoreMismatchError, match="of one plugin"):
+        TRAKer(model, "image_classification", 300, str(tmp_path / "s"), device="cpu", **plugs)
+    assert not (tmp_path / "s").exists()
+
+
+def test_features_without_a_manifest_are_refused(tmp_path: Path) -> None:
+    model = mlp()
+    quickstart(
+        model, checkpoints(model, 1), tmp_path, projector=DropoutProjector.from_model(model, 32)
+    )
+    with pytest.raises(StoreMismatchError, match="without a manifest.json"):
+        reopen(model, tmp_path)
+    assert FeatureFiles(tmp_path).model_ids == [0]
+    with pytest.raises(FileNotFoundError, match="no manifest.json"):
+        open_store(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no TRAK results"):
+        FeatureFiles(tmp_path / "nowhere")
+
+
+def test_another_format_version_is_refused(stored: tuple[nn.Module, Path]) -> None:
+    file = stored[1] / "manifest.json"
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 99'))
+    for opened in (lambda: reopen(*stored), lambda: open_store(stored[1]).manifest):
+        with pytest.raises(StoreMismatchError, match="format_version 99"):
+            opened()
+
+
+def test_plain_trak_opens_it(stored: tuple[nn.Module, Path]) -> None:
+    model, save_dir = stored
+    traker = TRAKer(
+        model,
+        "image_classification",
+        300,
+        str(save_dir),
+        device="cpu",
+        projector=DropoutProjector.from_model(model, 32),
+        logging_level=logging.ERROR,
+    )
+    assert traker.saver.model_ids == {m: {"is_featurized": 1, "is_finalized": 1} for m in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("value", "half"), [(np.nan, False), (np.inf, False), (1e6, True), (-1e6, True)]
+)
+def test_what_storage_cannot_hold_is_refused(tmp_path: Path, value: float, half: bool) -> None:
+    traker = reopen(mlp(), tmp_path, half=half)
+    traker.saver.register_model_id(0, True)
+    rows = np.zeros((4, 32), dtype=np.float32)
+    rows[2, 7] = value
+    for name in ("grads", "features"):
+        with pytest.raises(ValueError, match=rf"rows \[2\] .* {name}.mmap are NaN or infinite"):
+            traker.saver.current_store[name][10:14] = rows
+        assert not np.load(tmp_path / "0" / f"{name}.mmap", mmap_mode="r").any()
+
+
+def test_incomplete_checkpoints_are_named(stored: tuple[nn.Module, Path]) -> None:
+    model, save_dir = stored
+    traker = reopen(model, save_dir)
+    traker.load_checkpoint(model.state_dict(), 7)
+    store = Store(save_dir)
+    assert store.choose() == [0, 1]
+    with pytest.raises(IncompleteStoreError, match=r"model_ids \[7, 8\] are not complete"):
+        store.choose([0, 7, 8])
+    with pytest.raises(IncompleteStoreError, match="holds no weights for model_id=0"):
+        store.weights(0)
+    traker.saver.del_grads(0)
+    with pytest.raises(IncompleteStoreError, match="has no grads"):
+        store.grads(0)
+    empty = reopen(model, save_dir.parent / "empty")
+    with pytest.raises(IncompleteStoreError, match="no completely featurized checkpoint"):
+        Store(empty.save_dir).choose()
