@@ -1,7 +1,9 @@
 """Masks: exact expectation, exact inclusion, determinism, and nothing of the size of the model."""
 
+import dataclasses
 import itertools
 import tracemalloc
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from scipy import stats
 from trak_dropout.masks import Layout, Mask, draw_mask, fold_coordinates, spans
 
 GOLDEN_COORDINATES = [311938, 366759, 548582, 798545, 858403, 972824]
-GOLDEN_COLUMNS = [2, 2, 1, 0, 0, 1]
+GOLDEN_COLUMNS = [2, 1, 2, 0, 1, 0]
 GOLDEN_SIGNS = [1.0, -1.0, -1.0, 1.0, 1.0, 1.0]
 GOLDEN_SMALL = [1, 2, 3, 8]
 
@@ -23,26 +25,51 @@ def dense(mask: Mask, grad_dim: int) -> np.ndarray:
     return matrix
 
 
-@pytest.mark.parametrize(
-    ("grad_dim", "proj_dim", "n"),
-    [(5, 2, 2), (6, 3, 3), (5, 2, 4), (4, 1, 3), (5, 2, 5), (5, 3, 5), (4, 4, 4)],
-)
-def test_mean_over_all_masks_and_signs_is_exact(grad_dim: int, proj_dim: int, n: int) -> None:
-    # <Pg, Ph> = g^T (P P^T) h for every g, h, so the mean of P P^T says it for all of them.
-    draws = (
-        itertools.permutations(range(grad_dim), n)
-        if n > proj_dim
-        else itertools.combinations(range(grad_dim), n)
+def mean_square(masks: Iterable[Mask], grad_dim: int) -> np.ndarray:
+    """Mean of P P^T, which says <Pg, Ph> = g^T (P P^T) h on average for every g and h."""
+    squares = [(matrix := dense(mask, grad_dim)) @ matrix.T for mask in masks]
+    return np.mean(squares, axis=0)
+
+
+@pytest.mark.parametrize(("grad_dim", "proj_dim"), [(5, 2), (6, 3), (4, 1), (4, 4)])
+def test_mean_over_all_masks_is_exact(grad_dim: int, proj_dim: int) -> None:
+    masks = (
+        fold_coordinates(np.array(kept), np.ones(proj_dim), grad_dim, proj_dim)
+        for kept in itertools.combinations(range(grad_dim), proj_dim)
     )
-    all_signs = list(itertools.product([1.0, -1.0], repeat=n)) if n > proj_dim else [(1.0,) * n]
-    total, count = np.zeros((grad_dim, grad_dim)), 0
-    for drawn in draws:
-        for signs in all_signs:
-            mask = fold_coordinates(np.array(drawn), np.array(signs), grad_dim, proj_dim)
-            matrix = dense(mask, grad_dim)
-            total += matrix @ matrix.T
-            count += 1
-    np.testing.assert_allclose(total / count, proj_dim * np.eye(grad_dim), atol=1e-9)
+    expected = proj_dim * np.eye(grad_dim)
+    np.testing.assert_allclose(mean_square(masks, grad_dim), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("grad_dim", "proj_dim", "fold"), [(5, 2, 2), (4, 1, 3), (6, 1, 4), (4, 2, 2)]
+)
+def test_mean_over_all_draws_and_signs_is_exact(grad_dim: int, proj_dim: int, fold: int) -> None:
+    n = proj_dim * fold
+    masks = (
+        fold_coordinates(np.array(drawn), np.array(signs), grad_dim, proj_dim)
+        for drawn in itertools.permutations(range(grad_dim), n)
+        for signs in itertools.product([1.0, -1.0], repeat=n)
+    )
+    expected = proj_dim * np.eye(grad_dim)
+    np.testing.assert_allclose(mean_square(masks, grad_dim), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("grad_dim", "proj_dim", "fold"), [(3, 2, 2), (5, 3, 3), (3, 3, 3), (5, 2, 5), (4, 3, 99)]
+)
+def test_mean_over_all_signs_is_exact_where_every_coordinate_is_kept(
+    grad_dim: int, proj_dim: int, fold: int
+) -> None:
+    for seed in range(5):
+        drawn = draw_mask("dropout", grad_dim, proj_dim, seed, 0, fold)
+        n = len(drawn.weights)
+        masks = (
+            dataclasses.replace(drawn, weights=np.abs(drawn.weights) * np.array(signs))
+            for signs in itertools.product([1.0, -1.0], repeat=n)
+        )
+        expected = proj_dim * np.eye(grad_dim)
+        np.testing.assert_allclose(mean_square(masks, grad_dim), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize(("grad_dim", "n"), [(6, 2), (6, 4)])  # rejection, and sorting of keys
@@ -55,15 +82,15 @@ def test_ordered_draws_are_uniform(grad_dim: int, n: int) -> None:
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
 
 
-def test_inclusion_columns_and_signs_are_uniform() -> None:
-    grad_dim, proj_dim, fold = 30, 5, 3
+@pytest.mark.parametrize(("grad_dim", "proj_dim", "fold"), [(30, 5, 3), (30, 10, 4)])
+def test_inclusion_columns_and_signs_are_uniform(grad_dim: int, proj_dim: int, fold: int) -> None:
     included, signs = np.zeros(grad_dim), np.zeros(grad_dim)
     columns = np.zeros((grad_dim, proj_dim))
     for model_id in range(4000):
         mask = draw_mask("dropout", grad_dim, proj_dim, 7, model_id, fold)
-        included[mask.coordinates] += 1
+        np.add.at(included, mask.coordinates, 1)
         columns[mask.coordinates, mask.columns] += 1
-        signs[mask.coordinates] += mask.weights > 0
+        np.add.at(signs, mask.coordinates, mask.weights > 0)
     assert stats.chisquare(included).pvalue > 1e-3
     assert stats.chisquare(columns.reshape(-1)).pvalue > 1e-3
     z = (signs - included / 2) / np.sqrt(included / 4)
@@ -77,14 +104,20 @@ def test_structure(data: st.DataObject) -> None:
     proj_dim = data.draw(st.integers(1, grad_dim))
     fold = data.draw(st.integers(1, 20))
     mask = draw_mask("dropout", grad_dim, proj_dim, data.draw(st.integers()), 0, fold)
-    n = min(fold * proj_dim, grad_dim)
+    per_column = min(fold, grad_dim)
+    n = per_column * proj_dim
     assert len(mask.coordinates) == n
-    assert np.all(np.diff(mask.coordinates) > 0)
+    assert np.all(np.diff(mask.coordinates) >= 0)
     assert 0 <= mask.coordinates[0] <= mask.coordinates[-1] < grad_dim
-    counts = np.bincount(mask.columns, minlength=proj_dim)
-    assert counts.max() - counts.min() <= 1
-    assert counts.min() >= 1
-    np.testing.assert_allclose(np.abs(mask.weights), np.sqrt(proj_dim * grad_dim / n))
+    # As many coordinates in every column, and none of them twice.
+    assert (np.bincount(mask.columns, minlength=proj_dim) == per_column).all()
+    assert len(set(zip(mask.coordinates, mask.columns, strict=True))) == n
+    copies = np.bincount(mask.coordinates, minlength=grad_dim)
+    assert copies.max() - copies.min() <= 1
+    kept = min(n, grad_dim)
+    assert (copies > 0).sum() == kept
+    squares = np.bincount(mask.coordinates, mask.weights**2, grad_dim)
+    np.testing.assert_allclose(squares[copies > 0], proj_dim * grad_dim / kept)
 
 
 def test_pure_dropout_keeps_order_and_sign() -> None:

@@ -7,6 +7,7 @@ Gaussian projection at equal k and damping, and TRAK with its defaults at equal 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -15,7 +16,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -214,15 +215,16 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
         fit_seconds = timed(trainer.fit, module, data.train_loader(64, shuffle=True))[1]
         train_seconds = fit_seconds - collector.collect_seconds
         accuracy, losses = evaluate(module, data)
-        mask = collector.store.settings.projector().mask(0)
+        settings = collector.store.settings
+        kept = len(np.unique(settings.projector().mask(0).coordinates))
         say(
             f"test accuracy {accuracy:.3f}; training took {train_seconds:.1f} s, collecting "
             f"{len(collector.model_ids)} checkpoints {collector.collect_seconds:.1f} s "
             f"({collector.collect_seconds / train_seconds:.2f} of training)"
         )
         say(
-            f"kept {len(mask.coordinates)} of {collector.store.settings.grad_dim} gradient "
-            f"coordinates, folded into k = {PROJ_DIM} columns"
+            f"kept {kept} of {settings.grad_dim} gradient coordinates, "
+            f"folded into k = {PROJ_DIM} columns"
         )
         suspicion, seconds = timed(collector.self_influence)
         scores, more = timed(partial(collector.attribute, progress=False), data.test_loader())
@@ -282,7 +284,8 @@ def trak_by_hand(
     store: AttributionStore, module: nn.Module, data: Digits, **options: Any
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Run TRAK's quickstart loop over the store's checkpoints: self-influence and scores."""
-    with tempfile.TemporaryDirectory() as folder:
+    # TRAK's progress bars, which cannot be turned off, go to the standard error.
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         traker = TRAKer(
             model=module,
             task="image_classification",
@@ -366,7 +369,7 @@ def contents(
         table=[row.cells("-") for row in rows],
         table_note=NOTE,
         curves={row.method: row.curve for row in rows if row.curve is not None},
-        flagged=[example(i, float(suspicion[i])) for i in order[:60]],
+        flagged=[example(i, float(suspicion[i])) for i in order[:44]],
         targets=targets,
     )
 

@@ -1,8 +1,8 @@
 """Which gradient coordinates are kept, with which weight, and which output column each one feeds.
 
 Everything here is a pure function of its arguments and knows nothing of TRAK, models or
-torch. A mask stands for a sparse random matrix ``P`` of shape ``(grad_dim, proj_dim)``:
-row ``coordinates[t]`` has the single non-zero entry ``weights[t]``, in column ``columns[t]``.
+torch. A mask stands for a sparse random matrix ``P`` of shape ``(grad_dim, proj_dim)``,
+whose non-zero entries are ``P[coordinates[t], columns[t]] = weights[t]``.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class Mask:
     """A sparse projection: the kept coordinates, the column each one feeds, and its weight.
 
     Args:
-        coordinates: kept coordinates, ascending and distinct; int64, shape ``(n,)``.
-        columns: output column of each kept coordinate; int64, shape ``(n,)``.
-        weights: factor of each kept coordinate (sign times scale); float64, shape ``(n,)``.
+        coordinates: kept coordinates, ascending, one that feeds several columns as often; int64,
+            shape ``(n,)``.
+        columns: the column that each feeds; int64, shape ``(n,)``.
+        weights: its factor there (sign times scale); float64, shape ``(n,)``.
         proj_dim: number of output columns.
     """
 
@@ -74,18 +75,18 @@ class Mask:
 
 
 def fold_coordinates(
-    drawn: NDArray[np.int64], signs: NDArray[np.float64], grad_dim: int, proj_dim: int
+    entries: NDArray[np.int64], signs: NDArray[np.float64], grad_dim: int, proj_dim: int
 ) -> Mask:
-    """Lay a random sequence of distinct coordinates over the columns.
+    """Lay a random sequence of coordinates over the columns, the same number into each.
 
-    The t-th drawn coordinate feeds column ``t mod proj_dim``. With inclusion probability
-    ``pi = n / grad_dim`` for each of the ``n`` drawn, the weight ``sign * sqrt(proj_dim / pi)``
-    gives ``E<Pg, Ph> = proj_dim <g, h>`` exactly: a coordinate's own product appears with
-    probability ``pi`` and weight ``proj_dim / pi``, and the cross products inside a column have
-    independent signs, so their mean is zero.
+    A coordinate that was drawn with probability ``pi`` and feeds ``c`` columns has the weight
+    ``sign * sqrt(proj_dim / (pi c))`` in each. That gives ``E<Pg, Ph> = proj_dim <g, h>`` exactly,
+    however the entries are grouped: the coordinate's own products add up to ``proj_dim / pi``, and
+    the cross products inside a column have independent signs, so their mean is zero.
 
     Args:
-        drawn: distinct coordinates in random order, shape ``(n,)``, ``n >= proj_dim``.
+        entries: coordinates in random order, shape ``(n,)``, ``n`` a multiple of ``proj_dim``;
+            distinct, or each of the ``grad_dim`` coordinates at least once.
         signs: ``+1`` or ``-1`` for each, shape ``(n,)``.
         grad_dim: number of coordinates drawn from.
         proj_dim: number of columns.
@@ -93,10 +94,15 @@ def fold_coordinates(
     Returns:
         The mask, its coordinates ascending.
     """
-    scale = math.sqrt(proj_dim * grad_dim / len(drawn))
-    order = np.argsort(drawn)
-    columns = order % proj_dim
-    return Mask(drawn[order], columns, signs[order] * scale, proj_dim)
+    n = len(entries)
+    order = np.argsort(entries, kind="stable")
+    coordinates = entries[order]
+    if n <= grad_dim:
+        scale = np.full(n, math.sqrt(proj_dim * grad_dim / n))
+    else:
+        copies = np.bincount(coordinates, minlength=grad_dim)
+        scale = np.sqrt(proj_dim / copies[coordinates])
+    return Mask(coordinates, order // (n // proj_dim), signs[order] * scale, proj_dim)
 
 
 def draw_mask(
@@ -109,9 +115,11 @@ def draw_mask(
 ) -> Mask:
     """Draw the mask that belongs to the arguments; the same arguments always give the same mask.
 
-    ``min(fold * proj_dim, grad_dim)`` coordinates are drawn uniformly without replacement, in
-    time and memory of the order of that number, however large ``grad_dim`` is. ``fold=1`` is the
-    pure coordinate dropout of arXiv 2509.15651: column j is the j-th kept coordinate, unsigned.
+    Every column sums ``fold`` distinct coordinates with random signs. ``fold * proj_dim`` of them
+    are drawn uniformly without replacement, in time and memory of the order of that number,
+    however large ``grad_dim`` is. Where there are fewer, all are kept, and each feeds several
+    columns, as many as another or one more. ``fold=1`` is the pure coordinate dropout of arXiv
+    2509.15651: column j is the j-th kept coordinate, unsigned.
 
     Args:
         scheme: one of `SCHEMES`.
@@ -119,23 +127,25 @@ def draw_mask(
         proj_dim: number of output columns, ``k``.
         seed: seed of the projector.
         model_id: the checkpoint; another one gives an independent mask.
-        fold: coordinates summed, with random signs, into each column.
+        fold: coordinates summed into each column; ``grad_dim`` at most, more means all.
 
     Returns:
         The mask.
 
     Raises:
+        TypeError: an argument that counts something is no integer.
         ValueError: an argument is out of range, or the scheme is unknown.
     """
     check_scheme(scheme)
     check_dimensions(grad_dim, proj_dim, fold)
     seed, model_id = check_integer("seed", seed), check_integer("model_id", model_id)
     stream = _Stream("mask 1", scheme, int(grad_dim), int(proj_dim), int(fold), seed, model_id)
-    n = min(fold * proj_dim, grad_dim)
-    drawn = stream.distinct(n, grad_dim)
     if fold == 1:
-        return fold_coordinates(np.sort(drawn), np.ones(n), grad_dim, proj_dim)
-    return fold_coordinates(drawn, stream.signs(n), grad_dim, proj_dim)
+        kept = np.sort(stream.distinct(proj_dim, grad_dim))
+        return fold_coordinates(kept, np.ones(proj_dim), grad_dim, proj_dim)
+    per_column = min(fold, grad_dim)
+    entries = stream.entries(proj_dim, per_column, grad_dim)
+    return fold_coordinates(entries, stream.signs(len(entries)), grad_dim, proj_dim)
 
 
 def check_scheme(scheme: object) -> None:
@@ -175,10 +185,33 @@ class _Stream:
         """``n`` fair signs, +1.0 or -1.0."""
         return 1.0 - 2.0 * (self.words(n) >> np.uint64(63)).astype(np.float64)
 
+    def permutation(self, n: int) -> NDArray[np.int64]:
+        """The numbers below ``n`` in random order."""
+        return np.argsort(self.words(n), kind="stable")
+
+    def entries(self, groups: int, size: int, population: int) -> NDArray[np.int64]:
+        """Fill groups with ``size`` distinct numbers below ``population`` each, one after another.
+
+        All numbers of all groups are distinct where there are enough. Else they are whole random
+        permutations after each other, the last one cut off.
+        """
+        n = groups * size
+        if n <= population:
+            return self.distinct(n, population)
+        parts = [self.permutation(population)]
+        for filled in range(population, n, population):
+            following = self.permutation(population)
+            # A group that reaches over two permutations must not take a number twice: what it
+            # already holds waits until the group is full.
+            begun = parts[-1][population - filled % size :]
+            free = np.flatnonzero(~np.isin(following, begun))[: -filled % size]
+            parts.append(np.concatenate([following[free], np.delete(following, free)]))
+        return np.concatenate(parts)[:n]
+
     def distinct(self, n: int, population: int) -> NDArray[np.int64]:
         """A uniform ordered sample of ``n`` distinct numbers below ``population``, in O(n)."""
         if 2 * n > population:
-            return np.argsort(self.words(population), kind="stable")[:n]
+            return self.permutation(population)[:n]
         # Words beyond the last whole multiple of the population would make small numbers likelier.
         limit = _WORD - _WORD % population
         found = np.empty(0, dtype=np.int64)

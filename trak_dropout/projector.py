@@ -61,9 +61,10 @@ class DropoutProjector(AbstractProjector):
             given, mean ``"dropout"`` as well.
         device: where results lie.
         dtype: floating-point type of the results. Sums run in float32 or higher.
-        fold: ``fold * proj_dim`` coordinates are drawn (all of them where there are fewer), and
-            each column is the sum of ``fold`` of them with random signs. ``1`` is the paper's
-            pure dropout; the default fills columns that would be zero for every sample.
+        fold: ``fold * proj_dim`` coordinates are drawn, and each column is the sum of ``fold`` of
+            them with random signs; where there are fewer, all are kept and feed several columns
+            each. ``1`` is the paper's pure dropout; the default fills columns that would be zero
+            for every sample.
         layout: names and shapes of the parameters; `from_model` knows them. With it, gradient
             mappings are read by name and checked.
         **kwargs: TRAK's ``max_batch_size``, ``block_size`` and ``model_id``, which a mask has
