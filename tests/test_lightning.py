@@ -25,7 +25,13 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 from trak import TRAKer
 
 from trak_dropout import (
@@ -418,6 +424,12 @@ def test_datasets_without_a_length_are_refused_before_training(tmp_path: Path) -
     ):
         with pytest.raises(MisconfigurationException, match="dataset with a length"):
             fit(tmp_path / "store", data=data, limit_train_batches=2)
+    for options, words in [
+        ({"sampler": SubsetRandomSampler(range(50)), "batch_size": 10}, "samples a subset"),
+        ({"batch_size": None}, "does not batch"),
+    ]:
+        with pytest.raises(MisconfigurationException, match=words):
+            fit(tmp_path / "store", data=DataLoader(train_set(), **options))
     with pytest.raises(MisconfigurationException, match="single torch DataLoader"):
         fit(tmp_path / "store", Both(), {"a": loader(train_set()), "b": loader(train_set())})
     assert not (tmp_path / "store").exists()

@@ -154,8 +154,8 @@ def test_bad_arguments(arguments: dict, words: str) -> None:
 
 
 def test_loss_output_gives_the_influence_function(tmp_path: Path) -> None:
-    # g_target^T (F + lambda I)^-1 g_train with F = G^T G / n: with every coordinate kept once the
-    # features are G up to scale and signs, so n times TRAK's score is the influence itself.
+    # g_target^T (F + lambda I)^-1 g_train with F = G^T G / n: pure dropout of k = p coordinates
+    # keeps all of them, so the features are G, and n times TRAK's score is the influence itself.
     model = mlp(4)
     states = checkpoints(model, 1)
     p, n, m = sum(w.numel() for w in model.parameters()), 40, 6
@@ -168,7 +168,7 @@ def test_loss_output_gives_the_influence_function(tmp_path: Path) -> None:
         n_train=n,
         n_targets=m,
         use_half_precision=False,
-        **plugin(model, p, damping=0.1),
+        **plugin(model, p, damping=0.1, fold=1),
     )
 
     def output(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:

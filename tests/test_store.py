@@ -148,15 +148,25 @@ def test_plain_trak_opens_it(stored: tuple[nn.Module, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "half"), [(np.nan, False), (np.inf, False), (1e6, True), (-1e6, True)]
+    ("value", "half", "words"),
+    [
+        (np.nan, False, "NaN or infinite"),
+        (np.inf, False, "NaN or infinite"),
+        (1e6, True, "NaN or infinite as float16; use use_half_precision=False"),
+        (-1e6, True, "NaN or infinite as float16"),
+        (1e-9, True, "too small, so all zero, as float16"),
+        (1e-60, False, "too small"),
+    ],
 )
-def test_what_storage_cannot_hold_is_refused(tmp_path: Path, value: float, half: bool) -> None:
+def test_what_storage_cannot_hold_is_refused(
+    tmp_path: Path, value: float, half: bool, words: str
+) -> None:
     traker = reopen(mlp(), tmp_path, half=half)
     traker.saver.register_model_id(0, True)
-    rows = np.zeros((4, 32), dtype=np.float32)
+    rows = np.zeros((4, 32))
     rows[2, 7] = value
     for name in ("grads", "features"):
-        with pytest.raises(ValueError, match=rf"rows \[2\] .* {name}.mmap are NaN or infinite"):
+        with pytest.raises(ValueError, match=rf"rows \[2\] .* {name}.mmap are {words}"):
             traker.saver.current_store[name][10:14] = rows
         assert not np.load(tmp_path / "0" / f"{name}.mmap", mmap_mode="r").any()
 

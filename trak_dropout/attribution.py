@@ -210,25 +210,18 @@ def open_store(
     return AttributionStore(save_dir, model, task)
 
 
-def in_dataset_order(loader: Iterable[Any], batch_size: int | None = None) -> Iterable[Any]:
-    """Return a loader over the same data that does not shuffle and drops nothing.
+def in_dataset_order(loader: Iterable[Any]) -> Iterable[Any]:
+    """Return a loader over the same data that does not shuffle.
 
     Args:
-        loader: a ``DataLoader``, or any iterable of batches, which is returned as it is.
-        batch_size: another batch size; the loader's own when None.
+        loader: a ``DataLoader``, or any iterable of batches.
 
     Returns:
-        Batches in data-set order where the loader shuffles, in its own order otherwise.
+        Batches in data-set order where it is a ``DataLoader`` that shuffles, else the loader.
     """
-    if not isinstance(loader, DataLoader):
-        return loader
-    if (
-        batch_size is None
-        and not isinstance(loader.sampler, RandomSampler)
-        and not loader.drop_last
-    ):
-        return loader
-    return sequential_loader(loader, batch_size)
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+        return sequential_loader(loader)
+    return loader
 
 
 def sequential_loader(loader: DataLoader[Any], batch_size: int | None = None) -> DataLoader[Any]:
@@ -240,11 +233,19 @@ def sequential_loader(loader: DataLoader[Any], batch_size: int | None = None) ->
 
     Returns:
         The loader.
+
+    Raises:
+        ValueError: the loader gives what its data set holds, without batching.
     """
-    size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    if loader.batch_sampler is None:
+        raise ValueError(
+            "the loader does not batch (batch_size=None), so its data set's items are batches "
+            "and have no order of samples; use a data set of samples"
+        )
+    own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
     return DataLoader(
         loader.dataset,
-        batch_size=size or 32,
+        batch_size=batch_size or own,
         shuffle=False,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,

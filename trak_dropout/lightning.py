@@ -20,7 +20,7 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
     MisconfigurationException,
 )
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 from tqdm import tqdm
 from trak.modelout_functions import AbstractModelOutput
 
@@ -279,7 +279,15 @@ class GradientCollector(pl.Callback):
             )
         if len(dataset) == 0:
             raise MisconfigurationException("GradientCollector: the training dataset is empty")
-        return sequential_loader(loader, self.batch_size), len(dataset)
+        if isinstance(loader.sampler, SubsetRandomSampler):
+            raise MisconfigurationException(
+                "GradientCollector takes the training dataset as a whole, but the loader samples "
+                "a subset of it; give the loader torch.utils.data.Subset(dataset, indices)"
+            )
+        try:
+            return sequential_loader(loader, self.batch_size), len(dataset)
+        except ValueError as error:
+            raise MisconfigurationException(f"GradientCollector: {error}") from error
 
     def _claim(self, resumed: bool) -> None:
         """Refuse a directory that holds another run's collections, or empty it when asked."""

@@ -128,8 +128,9 @@ class StoreSettings:
 class ManifestSaver(MmapSaver):
     """TRAK's saver with a manifest beside its files.
 
-    Reopening a directory with anything different raises before anything is written. Values that
-    storage cannot hold (NaN, infinities, float16 overflow) are refused instead of stored.
+    Reopening a directory with anything different raises before anything is written. What storage
+    cannot hold (NaN, infinities, float16 overflow, rows that float16 would turn to zero) is refused
+    instead of stored.
 
     Args:
         save_dir: the directory.
@@ -219,24 +220,27 @@ class ManifestSaver(MmapSaver):
         self, fname: Path, shape: tuple[int, ...], mode: str, dtype: Any = None
     ) -> np.memmap | None:
         array = super()._load(fname, shape, mode, dtype)
-        return array if array is None or array.dtype.kind != "f" else array.view(_FiniteMemmap)
+        return array if array is None or array.dtype.kind != "f" else array.view(_GuardedMemmap)
 
 
-class _FiniteMemmap(np.memmap):
-    """A memory map that refuses NaN and infinities."""
+class _GuardedMemmap(np.memmap):
+    """A memory map that refuses what its type cannot hold: NaN, infinities, vanishing rows."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        with np.errstate(over="ignore"):
-            array = np.asarray(value).astype(self.dtype, copy=False)
-        finite = np.isfinite(np.atleast_2d(array))
-        if not finite.all():
-            rows = np.flatnonzero(~finite.all(axis=1))
-            raise ValueError(
-                f"rows {rows[:10].tolist()} of what is being written to "
-                f"{Path(str(self.filename)).name} are NaN or infinite as {self.dtype}"
-                + ("; use use_half_precision=False" if self.dtype == np.float16 else "")
-            )
-        super().__setitem__(key, array)
+        given = np.atleast_2d(np.asarray(value))
+        with np.errstate(over="ignore", under="ignore"):
+            stored = given.astype(self.dtype, copy=False)
+        for rows, problem in (
+            (~np.isfinite(stored).all(axis=1), "NaN or infinite"),
+            (given.any(axis=1) & ~stored.any(axis=1), "too small, so all zero,"),
+        ):
+            if rows.any():
+                raise ValueError(
+                    f"rows {np.flatnonzero(rows)[:10].tolist()} of what is being written to "
+                    f"{Path(str(self.filename)).name} are {problem} as {self.dtype}"
+                    + ("; use use_half_precision=False" if self.dtype == np.float16 else "")
+                )
+        super().__setitem__(key, stored)
 
 
 class FeatureFiles:
