@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
 
@@ -41,7 +41,7 @@ class Featurizer:
         projector: DropoutProjector,
         grad_wrt: Sequence[str] | None = None,
     ) -> None:
-        self._projector = projector
+        self.projector = projector
         self._computer = DenseGradientComputer(
             model, task, projector.grad_dim, projector.dtype, projector.device, grad_wrt
         )
@@ -61,8 +61,21 @@ class Featurizer:
             BatchError: the task cannot take the batch.
             NonFiniteGradientError: a gradient is NaN or infinite.
         """
-        grads = self._projector.project(self._computer.compute_per_sample_grad(batch), model_id)
+        grads = self.projector.project(self._computer.compute_per_sample_grad(batch), model_id)
         return grads.div_(self._normalize)
+
+    def calibrate(self, batches: Iterable[Any], model_id: int | None = None) -> None:
+        """Calibrate weighted dropout with the model's gradients.
+
+        Args:
+            batches: what the task takes, on the model's device.
+            model_id: the checkpoint, for statistics of its own; None for all checkpoints.
+
+        Raises:
+            BatchError: the task cannot take a batch.
+            ValueError: the gradients are all zero or not finite.
+        """
+        self.projector.calibrate(batches, model_id, compute=self._computer.compute_per_sample_grad)
 
     def out_to_loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Compute out-to-loss gradients, ``(B, 1)``.
@@ -134,7 +147,7 @@ class AttributionStore(Store):
         task = resolve_task(self._resolved_task())
         chosen = self.choose(model_ids)
         device = next(model.parameters()).device
-        projector = self.settings.projector(device)
+        projector = self.projector(device)
         layout = projector.layout
         featurizer = Featurizer(model, task, projector, None if layout is None else layout.names)
         computer = DampedScoreComputer(torch.float32, device, damping)
@@ -224,12 +237,15 @@ def in_dataset_order(loader: Iterable[Any]) -> Iterable[Any]:
     return loader
 
 
-def sequential_loader(loader: DataLoader[Any], batch_size: int | None = None) -> DataLoader[Any]:
-    """Return a loader over all of a loader's data set, in its order.
+def sequential_loader(
+    loader: DataLoader[Any], batch_size: int | None = None, at_most: int | None = None
+) -> DataLoader[Any]:
+    """Return a loader over a loader's data set, in its order.
 
     Args:
         loader: the loader whose data set, collation and workers to use.
         batch_size: samples in a batch; that of the loader when None.
+        at_most: where the data set has more samples, take this many, evenly spaced.
 
     Returns:
         The loader.
@@ -243,8 +259,11 @@ def sequential_loader(loader: DataLoader[Any], batch_size: int | None = None) ->
             "and have no order of samples; use a data set of samples"
         )
     own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+    dataset: Any = loader.dataset
+    if at_most is not None and len(dataset) > at_most:
+        dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, at_most).astype(int).tolist())
     return DataLoader(
-        loader.dataset,
+        dataset,
         batch_size=batch_size or own,
         shuffle=False,
         collate_fn=loader.collate_fn,

@@ -216,7 +216,7 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
         train_seconds = fit_seconds - collector.collect_seconds
         accuracy, losses = evaluate(module, data)
         settings = collector.store.settings
-        kept = len(np.unique(settings.projector().mask(0).coordinates))
+        kept = len(np.unique(collector.store.projector().mask(0).coordinates))
         say(
             f"test accuracy {accuracy:.3f}; training took {train_seconds:.1f} s, collecting "
             f"{len(collector.model_ids)} checkpoints {collector.collect_seconds:.1f} s "

@@ -70,6 +70,9 @@ class GradientCollector(pl.Callback):
             ``"checkpoint"`` whenever the Trainer saves a checkpoint.
         every_n_epochs: how often, with ``when="epoch"``.
         batch_size: samples in a batch while collecting; that of the training loader when None.
+        calibration_samples: training samples, evenly spaced, of which weighted dropout takes its
+            statistics at the first collection.
+        calibrate_each: take statistics of its own for every checkpoint.
         use_half_precision: store float16 instead of float32.
         overwrite: delete the store of an earlier run in ``save_dir``.
 
@@ -89,6 +92,8 @@ class GradientCollector(pl.Callback):
         when: Literal["epoch", "checkpoint"] = "epoch",
         every_n_epochs: int = 1,
         batch_size: int | None = None,
+        calibration_samples: int = 512,
+        calibrate_each: bool = False,
         use_half_precision: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -100,6 +105,7 @@ class GradientCollector(pl.Callback):
             check_integer("fold", fold, minimum=1)
             check_integer("seed", seed)
             check_integer("every_n_epochs", every_n_epochs, minimum=1)
+            check_integer("calibration_samples", calibration_samples, minimum=1)
             if batch_size is not None:
                 check_integer("batch_size", batch_size, minimum=1)
             if when not in ("epoch", "checkpoint"):
@@ -116,6 +122,8 @@ class GradientCollector(pl.Callback):
         self.when = when
         self.every_n_epochs = every_n_epochs
         self.batch_size = batch_size
+        self.calibration_samples = calibration_samples
+        self.calibrate_each = calibrate_each
         self.use_half_precision = use_half_precision
         self.overwrite = overwrite
         self.collect_seconds = 0.0
@@ -156,24 +164,18 @@ class GradientCollector(pl.Callback):
         self._module = pl_module
         self._steps_done.clear()
         loader, size = self._training_data(trainer)
-        projector = DropoutProjector.from_model(
-            pl_module,
-            self.proj_dim,
-            self.seed,
-            self.proj_type,
-            pl_module.device,
-            grad_wrt=self.grad_wrt,
-            fold=self.fold,
-        )
-        featurizer = Featurizer(pl_module, self._output, projector, self.grad_wrt)
+        # Tried without statistics: those of weighted dropout are taken when collecting begins.
+        trial = self._featurizer(pl_module, "dropout")
         with self._undisturbed(pl_module):
             batch = to_device(pl_module, next(iter(loader)), pl_module.device)
-            featurizer.features(batch, 0)
-            featurizer.out_to_loss(batch)
+            trial.features(batch, 0)
+            trial.out_to_loss(batch)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's debugging
             self._collection = None
             return
         self._claim(resumed=trainer.global_step > 0)
+        featurizer = self._featurizer(pl_module, self.proj_type)
+        projector = featurizer.projector
         saver = ManifestSaver(
             save_dir=self.save_dir,
             metadata={
@@ -190,7 +192,9 @@ class GradientCollector(pl.Callback):
             task=task_name(self.task),
         )
         saver.describe_run(id=self._run)
-        self._collection = _Collection(loader, size, featurizer, saver)
+        self._collection = _Collection(
+            loader, size, featurizer, saver, self.calibration_samples, self.calibrate_each
+        )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Collect at the end of every n-th epoch."""
@@ -262,6 +266,18 @@ class GradientCollector(pl.Callback):
         return self.store.self_influence(model_ids, damping)
 
     # --- inside ----------------------------------------------------------------------------
+
+    def _featurizer(self, module: pl.LightningModule, proj_type: str) -> Featurizer:
+        projector = DropoutProjector.from_model(
+            module,
+            self.proj_dim,
+            self.seed,
+            proj_type,
+            module.device,
+            grad_wrt=self.grad_wrt,
+            fold=self.fold,
+        )
+        return Featurizer(module, self._output, projector, self.grad_wrt)
 
     def _training_data(self, trainer: pl.Trainer) -> tuple[DataLoader[Any], int]:
         """The training loader, rebuilt in data-set order, and the number of samples."""
@@ -339,9 +355,17 @@ class _Collection:
     """Passes over the training data, each written to the store as one model_id."""
 
     def __init__(
-        self, loader: DataLoader[Any], size: int, featurizer: Featurizer, saver: ManifestSaver
+        self,
+        loader: DataLoader[Any],
+        size: int,
+        featurizer: Featurizer,
+        saver: ManifestSaver,
+        calibration_samples: int,
+        calibrate_each: bool,
     ) -> None:
         self._loader = loader
+        self._calibration_samples = calibration_samples
+        self._calibrate_each = calibrate_each
         self._size = size
         self._featurizer = featurizer
         self._saver = saver
@@ -360,6 +384,7 @@ class _Collection:
         saver.describe(model_id, **facts)
         weights = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
         saver.save_weights(model_id, weights)
+        self._calibrate(module, model_id)
         store = saver.current_store
         done = 0
         bar = tqdm(
@@ -393,6 +418,16 @@ class _Collection:
             store[name].flush()
         saver.serialize_current_model_id_metadata()
         saver.describe(model_id, seconds=round(time.perf_counter() - started, 3))
+
+    def _calibrate(self, module: pl.LightningModule, model_id: int) -> None:
+        """Take the statistics that weighted dropout needs, unless the store has them."""
+        projector, owner = self._featurizer.projector, model_id if self._calibrate_each else None
+        if projector.proj_type == "weighted_dropout" and owner not in projector.statistics:
+            some = sequential_loader(self._loader, at_most=self._calibration_samples)
+            self._featurizer.calibrate(
+                (to_device(module, batch, module.device) for batch in some), owner
+            )
+            self._saver.save_statistics()
 
     def _miscounted(self, given: int) -> str:
         return (

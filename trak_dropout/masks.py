@@ -1,27 +1,25 @@
 """Which gradient coordinates are kept, with which weight, and which output column each one feeds.
 
-Everything here is a pure function of its arguments and knows nothing of TRAK, models or
-torch. A mask stands for a sparse random matrix ``P`` of shape ``(grad_dim, proj_dim)``,
-whose non-zero entries are ``P[coordinates[t], columns[t]] = weights[t]``.
+Everything here is a pure function of its arguments and knows nothing of TRAK or models. A mask
+stands for a sparse random matrix ``P`` of shape ``(grad_dim, proj_dim)``, whose non-zero entries
+are ``P[coordinates[t], columns[t]] = weights[t]``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trak_dropout._checks import check_integer
+from trak_dropout.sampling import Floats, Integers, Stream, UnequalSample, allot, sample_block
+from trak_dropout.statistics import GradientStatistics, as_matrix
 
-SCHEMES = ("dropout",)
+SCHEMES = ("dropout", "unit_dropout", "weighted_dropout")
 DEFAULT_FOLD = 16
-_WORD = 2**64
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,11 @@ class Layout:
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def flat(cls, grad_dim: int) -> Layout:
+        """Return the layout of gradients of which only the length is known: a single vector."""
+        return cls(("grads",), ((grad_dim,),))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -62,9 +65,9 @@ class Mask:
         proj_dim: number of output columns.
     """
 
-    coordinates: NDArray[np.int64]
-    columns: NDArray[np.int64]
-    weights: NDArray[np.float64]
+    coordinates: Integers
+    columns: Integers
+    weights: Floats
     proj_dim: int
 
     @cached_property
@@ -74,78 +77,111 @@ class Mask:
         return n != self.proj_dim or not np.array_equal(self.columns, np.arange(n))
 
 
-def fold_coordinates(
-    entries: NDArray[np.int64], signs: NDArray[np.float64], grad_dim: int, proj_dim: int
-) -> Mask:
-    """Lay a random sequence of coordinates over the columns, the same number into each.
-
-    A coordinate that was drawn with probability ``pi`` and feeds ``c`` columns has the weight
-    ``sign * sqrt(proj_dim / (pi c))`` in each. That gives ``E<Pg, Ph> = proj_dim <g, h>`` exactly,
-    however the entries are grouped: the coordinate's own products add up to ``proj_dim / pi``, and
-    the cross products inside a column have independent signs, so their mean is zero.
-
-    Args:
-        entries: coordinates in random order, shape ``(n,)``, ``n`` a multiple of ``proj_dim``;
-            distinct, or each of the ``grad_dim`` coordinates at least once.
-        signs: ``+1`` or ``-1`` for each, shape ``(n,)``.
-        grad_dim: number of coordinates drawn from.
-        proj_dim: number of columns.
-
-    Returns:
-        The mask, its coordinates ascending.
-    """
-    n = len(entries)
-    order = np.argsort(entries, kind="stable")
-    coordinates = entries[order]
-    if n <= grad_dim:
-        scale = np.full(n, math.sqrt(proj_dim * grad_dim / n))
-    else:
-        copies = np.bincount(coordinates, minlength=grad_dim)
-        scale = np.sqrt(proj_dim / copies[coordinates])
-    return Mask(coordinates, order // (n // proj_dim), signs[order] * scale, proj_dim)
-
-
 def draw_mask(
     scheme: str,
-    grad_dim: int,
+    layout: Layout,
     proj_dim: int,
     seed: int,
     model_id: int,
     fold: int = DEFAULT_FOLD,
+    statistics: GradientStatistics | None = None,
 ) -> Mask:
     """Draw the mask that belongs to the arguments; the same arguments always give the same mask.
 
-    Every column sums ``fold`` distinct coordinates with random signs. ``fold * proj_dim`` of them
-    are drawn uniformly without replacement, in time and memory of the order of that number,
-    however large ``grad_dim`` is. Where there are fewer, all are kept, and each feeds several
+    ``fold * proj_dim`` distinct coordinates are drawn by the scheme and dealt out to the columns in
+    random order, with random signs. Where there are fewer, all are kept, and each feeds several
     columns, as many as another or one more. ``fold=1`` is the pure coordinate dropout of arXiv
     2509.15651: column j is the j-th kept coordinate, unsigned.
 
+    A coordinate that was drawn with probability ``pi`` and feeds ``c`` columns has the weight
+    ``sign * sqrt(proj_dim / (pi c))`` in each. That gives ``E<Pg, Ph> = proj_dim <g, h>`` exactly:
+    the coordinate's own products add up to ``proj_dim / pi``, and the cross products inside a
+    column have independent signs, so their mean is zero.
+
     Args:
         scheme: one of `SCHEMES`.
-        grad_dim: number of gradient coordinates.
+        layout: the parameters. ``"dropout"`` depends on their total size alone.
         proj_dim: number of output columns, ``k``.
         seed: seed of the projector.
         model_id: the checkpoint; another one gives an independent mask.
-        fold: coordinates summed into each column; ``grad_dim`` at most, more means all.
+        fold: coordinates summed into each column; the number of all of them at most, more means
+            all.
+        statistics: mean squares of gradients, for ``"weighted_dropout"``.
 
     Returns:
         The mask.
 
     Raises:
         TypeError: an argument that counts something is no integer.
-        ValueError: an argument is out of range, or the scheme is unknown.
+        ValueError: an argument is out of range, the scheme is unknown, or statistics are missing.
     """
     check_scheme(scheme)
-    check_dimensions(grad_dim, proj_dim, fold)
+    check_dimensions(layout.grad_dim, proj_dim, fold)
     seed, model_id = check_integer("seed", seed), check_integer("model_id", model_id)
-    stream = _Stream("mask 1", scheme, int(grad_dim), int(proj_dim), int(fold), seed, model_id)
+    proj_dim, fold, grad_dim = int(proj_dim), int(fold), layout.grad_dim
+    stream = Stream("mask 1", scheme, grad_dim, proj_dim, fold, seed, model_id)
+    n = fold * proj_dim
+    if n >= grad_dim:
+        size = min(fold, grad_dim)
+        kept = stream.deal(proj_dim, size, grad_dim)
+        columns = np.arange(len(kept)) // size
+        squares = proj_dim / np.bincount(kept)[kept]
+    else:
+        kept, inclusion = _draw(stream, scheme, layout, n, statistics)
+        columns = np.arange(n) if fold == 1 else stream.permutation(n) // fold
+        squares = proj_dim / inclusion
+    order = np.argsort(kept, kind="stable")
+    kept, weights = kept[order], np.sqrt(squares[order])
     if fold == 1:
-        kept = np.sort(stream.distinct(proj_dim, grad_dim))
-        return fold_coordinates(kept, np.ones(proj_dim), grad_dim, proj_dim)
-    per_column = min(fold, grad_dim)
-    entries = stream.entries(proj_dim, per_column, grad_dim)
-    return fold_coordinates(entries, stream.signs(len(entries)), grad_dim, proj_dim)
+        return Mask(kept, np.arange(n), weights, proj_dim)
+    return Mask(kept, columns[order], stream.signs(len(kept)) * weights, proj_dim)
+
+
+def _draw(
+    stream: Stream, scheme: str, layout: Layout, n: int, statistics: GradientStatistics | None
+) -> tuple[Integers, Floats]:
+    """Draw ``n`` distinct coordinates; return them with their inclusion probabilities."""
+    if scheme == "dropout":
+        return stream.distinct(n, layout.grad_dim), np.full(n, n / layout.grad_dim)
+    if scheme == "unit_dropout":
+        return _draw_units(stream, layout, n)
+    if statistics is None:
+        raise ValueError(
+            "statistics: weighted_dropout draws by the size of gradients and has seen none; "
+            "call calibrate, or open the store that holds them"
+        )
+    check_statistics(statistics, layout)
+    return UnequalSample(statistics.weights(), n).draw(stream)
+
+
+def _draw_units(stream: Stream, layout: Layout, n: int) -> tuple[Integers, Floats]:
+    """Draw a block of each weight matrix, and of all vectors together single coordinates."""
+    sizes, starts = np.array(layout.sizes), np.cumsum([0, *layout.sizes])
+    flat = np.array([len(shape) < 2 for shape in layout.shapes])
+    matrices, vectors = np.flatnonzero(~flat & (sizes > 0)), np.flatnonzero(flat)
+    groups = [int(sizes[i]) for i in matrices]
+    pool = int(sizes[vectors].sum())
+    counts, inclusion = allot(stream, n, [*groups, pool] if pool else groups)
+    parts = [
+        starts[i] + sample_block(stream, count, *as_matrix(layout.shapes[i]))
+        for i, count in zip(matrices, counts, strict=False)
+    ]
+    if pool:
+        pooled, ends = stream.distinct(counts[-1], pool), np.cumsum(sizes[vectors])
+        which = np.searchsorted(ends, pooled, side="right")
+        parts.append(starts[vectors][which] + pooled - (ends - sizes[vectors])[which])
+    return np.concatenate(parts), np.repeat(inclusion, counts)
+
+
+def check_statistics(statistics: GradientStatistics, layout: Layout) -> None:
+    """Raise ValueError unless the statistics are those of parameters of these shapes."""
+    found = [(len(r), len(c)) for r, c in zip(statistics.rows, statistics.columns, strict=True)]
+    expected = [as_matrix(shape) for shape in layout.shapes]
+    if found != expected:
+        raise ValueError(
+            f"statistics are of parameters of {len(found)} matrices {found[:3]}..., the layout has "
+            f"{len(expected)} {expected[:3]}...; calibrate with gradients of this model"
+        )
 
 
 def check_scheme(scheme: object) -> None:
@@ -164,70 +200,6 @@ def check_dimensions(grad_dim: object, proj_dim: object, fold: object) -> None:
             f"proj_dim={proj_dim} is above grad_dim={grad_dim}, the number of gradient "
             "coordinates: a mask keeps coordinates and cannot make new ones; lower proj_dim"
         )
-
-
-class _Stream:
-    """Random numbers that depend on the words of a key alone.
-
-    Only the raw output of a Philox counter generator is used: NumPy guarantees that it never
-    changes, which it does not for the distributions of its ``Generator``.
-    """
-
-    def __init__(self, *key: str | int) -> None:
-        digest = hashlib.sha256(json.dumps(key).encode()).digest()
-        self._bits = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
-
-    def words(self, n: int) -> NDArray[np.uint64]:
-        """``n`` uniform 64-bit words."""
-        return self._bits.random_raw(n)
-
-    def signs(self, n: int) -> NDArray[np.float64]:
-        """``n`` fair signs, +1.0 or -1.0."""
-        return 1.0 - 2.0 * (self.words(n) >> np.uint64(63)).astype(np.float64)
-
-    def permutation(self, n: int) -> NDArray[np.int64]:
-        """The numbers below ``n`` in random order."""
-        return np.argsort(self.words(n), kind="stable")
-
-    def entries(self, groups: int, size: int, population: int) -> NDArray[np.int64]:
-        """Fill groups with ``size`` distinct numbers below ``population`` each, one after another.
-
-        All numbers of all groups are distinct where there are enough. Else they are whole random
-        permutations after each other, the last one cut off.
-        """
-        n = groups * size
-        if n <= population:
-            return self.distinct(n, population)
-        parts = [self.permutation(population)]
-        for filled in range(population, n, population):
-            following = self.permutation(population)
-            # A group that reaches over two permutations must not take a number twice: what it
-            # already holds waits until the group is full.
-            begun = parts[-1][population - filled % size :]
-            free = np.flatnonzero(~np.isin(following, begun))[: -filled % size]
-            parts.append(np.concatenate([following[free], np.delete(following, free)]))
-        return np.concatenate(parts)[:n]
-
-    def distinct(self, n: int, population: int) -> NDArray[np.int64]:
-        """A uniform ordered sample of ``n`` distinct numbers below ``population``, in O(n)."""
-        if 2 * n > population:
-            return self.permutation(population)[:n]
-        # Words beyond the last whole multiple of the population would make small numbers likelier.
-        limit = _WORD - _WORD % population
-        found = np.empty(0, dtype=np.int64)
-        while len(found) < n:
-            words = self.words(n - len(found))
-            if limit < _WORD:
-                words = words[words < np.uint64(limit)]
-            fresh = (words % np.uint64(population)).astype(np.int64)
-            found = _first_occurrences(np.concatenate([found, fresh]))
-        return found
-
-
-def _first_occurrences(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The distinct values in the order of their first appearance."""
-    _, first = np.unique(values, return_index=True)
-    return values[np.sort(first)]
 
 
 def spans(mask: Mask, sizes: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from trak_dropout.masks import (
     Mask,
     check_dimensions,
     check_scheme,
+    check_statistics,
     draw_mask,
     spans,
 )
+from trak_dropout.statistics import GradientStatistics
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,9 +58,11 @@ class DropoutProjector(AbstractProjector):
         grad_dim: number of gradient coordinates (parameters).
         proj_dim: number of output columns, ``k``; at most ``grad_dim``.
         seed: seed of the masks.
-        proj_type: the scheme. ``"dropout"``: a uniform random subset. TRAK's own
-            ``ProjectionType`` members, with which TRAK builds a projector class that it is
-            given, mean ``"dropout"`` as well.
+        proj_type: the scheme. ``"dropout"``: a uniform random subset. ``"unit_dropout"``: of each
+            weight matrix random output units times random input units, of vectors single
+            coordinates. ``"weighted_dropout"``: with probability proportional to the
+            root-mean-square gradient; see `calibrate`. TRAK's own ``ProjectionType`` members, with
+            which TRAK builds a projector class that it is given, mean ``"dropout"``.
         device: where results lie.
         dtype: floating-point type of the results. Sums run in float32 or higher.
         fold: ``fold * proj_dim`` coordinates are drawn, and each column is the sum of ``fold`` of
@@ -66,7 +70,8 @@ class DropoutProjector(AbstractProjector):
             each. ``1`` is the paper's pure dropout; the default fills columns that would be zero
             for every sample.
         layout: names and shapes of the parameters; `from_model` knows them. With it, gradient
-            mappings are read by name and checked.
+            mappings are read by name and checked. Without it, gradients are a single vector to
+            every scheme, which leaves unit dropout to draw single coordinates.
         **kwargs: TRAK's ``max_batch_size``, ``block_size`` and ``model_id``, which a mask has
             no use for.
 
@@ -110,6 +115,8 @@ class DropoutProjector(AbstractProjector):
         self.layout = layout
         self.dtype = dtype
         self._compute_dtype = torch.promote_types(dtype, torch.float32)
+        self._statistics: dict[int | None, GradientStatistics] = {}
+        self._projected: set[int] = set()
         self._plan: _Plan | None = None
 
     @classmethod
@@ -159,10 +166,110 @@ class DropoutProjector(AbstractProjector):
 
         Returns:
             The mask; drawn anew at each call, so it is the caller's to keep.
+
+        Raises:
+            ValueError: weighted dropout has not been calibrated.
         """
         return draw_mask(
-            self.proj_type, self.grad_dim, self.proj_dim, self.seed, model_id, self.fold
+            self.proj_type,
+            self._known_layout,
+            self.proj_dim,
+            self.seed,
+            model_id,
+            self.fold,
+            self._statistics.get(model_id, self._statistics.get(None)),
         )
+
+    @property
+    def _known_layout(self) -> Layout:
+        return Layout.flat(self.grad_dim) if self.layout is None else self.layout
+
+    @property
+    def statistics(self) -> dict[int | None, GradientStatistics]:
+        """What weighted dropout draws by: of single checkpoints by model_id, of all others None."""
+        return dict(self._statistics)
+
+    def calibrate(
+        self,
+        gradients: Iterable[Any],
+        model_id: int | None = None,
+        *,
+        compute: Callable[[Any], Mapping[str, Tensor] | Tensor] | None = None,
+        samples: int = 512,
+    ) -> None:
+        """Take the statistics by which weighted dropout draws; other schemes need none.
+
+        Of each weight matrix the mean squares of rows and columns are kept, of a vector those of
+        its entries. Without this call the first batch projected calibrates.
+
+        Args:
+            gradients: batches of per-sample gradients, as for `project`; or, with ``compute``,
+                anything that it makes gradients of, such as a data loader.
+            model_id: the checkpoint that the gradients belong to, to have statistics of its own;
+                None for statistics that serve all checkpoints without their own.
+            compute: makes gradients of a batch, such as the ``compute_per_sample_grad`` of a
+                gradient computer.
+            samples: stop after this many samples; a few hundred are enough.
+
+        Raises:
+            ValueError: there is no sample, the gradients are all zero or not finite, or do not
+                match the model.
+            RuntimeError: gradients have been projected with other statistics already; projections
+                before and after would not be comparable.
+        """
+        check_integer("samples", samples, minimum=1)
+
+        def batches() -> Iterator[list[Tensor]]:
+            seen = 0
+            items: Iterable[Any] = (
+                [gradients] if isinstance(gradients, Mapping | Tensor) else gradients
+            )
+            for item in items:
+                blocks = self._by_parameter(item if compute is None else compute(item))
+                yield blocks
+                seen += len(blocks[0])
+                if seen >= samples:
+                    return
+
+        self.set_statistics(GradientStatistics.of(batches()), model_id)
+
+    def set_statistics(self, statistics: GradientStatistics, model_id: int | None = None) -> None:
+        """Take over statistics, of a store for example.
+
+        Args:
+            statistics: what `calibrate` once took.
+            model_id: the checkpoint, or None, as for `calibrate`.
+
+        Raises:
+            ValueError: they are of another model.
+            RuntimeError: as for `calibrate`.
+        """
+        check_statistics(statistics, self._known_layout)
+        known = self._statistics.get(model_id)
+        same = known is not None and known.digest == statistics.digest
+        used = self._projected if self.proj_type == "weighted_dropout" and not same else set()
+        used = used - self._statistics.keys() if model_id is None else used & {model_id}
+        if used:
+            raise RuntimeError(
+                f"calibrate: gradients of model_id {_some(sorted(used))} "
+                "have been projected with other statistics; calibrate before projecting, or use "
+                "another projector"
+            )
+        self._statistics[model_id] = statistics
+        self._plan = None
+
+    def _by_parameter(self, grads: Mapping[str, Tensor] | Tensor) -> list[Tensor]:
+        """Gradients as one tensor for each parameter of the known layout."""
+        blocks = [block for _, block in self._blocks(grads)]
+        if self.layout is None:
+            return [torch.cat([block.reshape(len(block), -1) for block in blocks], 1)]
+        if isinstance(grads, Tensor):
+            parts = torch.split(grads, list(self.layout.sizes), dim=1)
+            return [
+                part.reshape(len(grads), *shape)
+                for part, shape in zip(parts, self.layout.shapes, strict=True)
+            ]
+        return blocks
 
     def project(self, grads: Mapping[str, Tensor] | Tensor, model_id: int) -> Tensor:
         """Compress a batch of per-sample gradients.
@@ -182,7 +289,16 @@ class DropoutProjector(AbstractProjector):
                 the range of the dtype; the samples are named. Only kept coordinates are read.
         """
         blocks = self._blocks(grads)
-        plan = self._plan_for(int(model_id), tuple(name for name, _ in blocks), blocks)
+        model_id = check_integer("model_id", model_id)
+        if self.proj_type == "weighted_dropout" and not {model_id, None} & self._statistics.keys():
+            _LOG.info(
+                "weighted_dropout was not calibrated: the %d samples of the first batch projected "
+                "calibrate it for good; call calibrate with a few hundred samples for more",
+                len(blocks[0][1]),
+            )
+            self.calibrate([grads], samples=1)
+        self._projected.add(model_id)
+        plan = self._plan_for(model_id, tuple(name for name, _ in blocks), blocks)
         first = blocks[0][1]
         out = torch.zeros(len(first), self.proj_dim, dtype=self._compute_dtype, device=first.device)
         with torch.no_grad():

@@ -6,6 +6,7 @@ directory:
     metadata.json, id_<m>.json, experiments.json, scores/    as TRAK writes them
     <m>/grads.mmap, out_to_loss.mmap, features.mmap, _is_featurized.mmap    likewise
     <m>/weights.safetensors    the checkpoint's weights, where the Lightning callback collected
+    statistics_<m>.safetensors    what weighted dropout draws by, for checkpoint m or "shared"
     manifest.json    how the features came about
 
 A plain ``TRAKer`` opens it, since the manifest lies beside its files and changes none of them.
@@ -30,6 +31,7 @@ from trak_dropout._files import write_json
 from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout.masks import Layout
 from trak_dropout.projector import DropoutProjector
+from trak_dropout.statistics import GradientStatistics
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -109,7 +111,7 @@ class StoreSettings:
         ]
 
     def projector(self, device: str | torch.device = "cpu") -> DropoutProjector:
-        """Build the projector that draws the masks of these settings, with float32 output."""
+        """Build a projector of these settings, with float32 output and without statistics."""
         layout = None
         if self.parameters is not None:
             names, shapes = zip(*self.parameters, strict=True)
@@ -172,6 +174,8 @@ class ManifestSaver(MmapSaver):
         )
         root = Path(save_dir).resolve()
         self.manifest = _claim(root, self.settings)
+        self._projector = projector
+        _share_statistics(root, self.manifest, projector)
         super().__init__(
             save_dir=root,
             metadata=metadata,
@@ -212,6 +216,25 @@ class ManifestSaver(MmapSaver):
             TypeError: an entry is no tensor or has a dtype that cannot be stored.
         """
         save_tensors(_weights_file(self.save_dir, model_id), weights)
+
+    def serialize_current_model_id_metadata(self, already_exists: bool = True) -> None:
+        """Write TRAK's state of the current checkpoint, and statistics that are new.
+
+        Args:
+            already_exists: as for TRAK's savers.
+        """
+        self.save_statistics()
+        super().serialize_current_model_id_metadata(already_exists)
+
+    def save_statistics(self) -> None:
+        """Write the statistics that the projector has and the store lacks."""
+        saved = self.manifest["statistics"]
+        for model_id, statistics in self._projector.statistics.items():
+            key = _statistics_key(model_id)
+            if key not in saved:
+                save_tensors(_statistics_file(self.save_dir, key), statistics.to_tensors())
+                saved[key] = statistics.digest
+                self._write_manifest()
 
     def _write_manifest(self) -> None:
         write_json(self.save_dir / MANIFEST, self.manifest)
@@ -343,6 +366,22 @@ class Store(FeatureFiles):
         """Number of training samples (rows)."""
         return self.settings.train_set_size
 
+    def projector(self, device: str | torch.device = "cpu") -> DropoutProjector:
+        """Build the projector whose output the store holds.
+
+        Args:
+            device: where its results lie.
+
+        Returns:
+            A projector with the store's masks, and with its statistics where it has any.
+
+        Raises:
+            StoreMismatchError: statistics are missing, or not those of the manifest.
+        """
+        projector = self.settings.projector(device)
+        _share_statistics(self.save_dir, self.manifest, projector)
+        return projector
+
     def describe(self, model_id: int) -> dict[str, Any]:
         """What the manifest says of a checkpoint, such as its epoch and global step."""
         return dict(self.manifest["model_ids"].get(str(model_id), {}))
@@ -408,11 +447,47 @@ def _claim(root: Path, settings: StoreSettings) -> dict[str, Any]:
     manifest = {
         "format_version": FORMAT_VERSION,
         "settings": asdict(settings),
+        "statistics": {},
         "run": {},
         "model_ids": {},
     }
     write_json(root / MANIFEST, manifest)
     return manifest
+
+
+def _statistics_key(model_id: int | None) -> str:
+    return "shared" if model_id is None else str(model_id)
+
+
+def _statistics_file(root: Path, key: str) -> Path:
+    return root / f"statistics_{key}.safetensors"
+
+
+def _share_statistics(root: Path, manifest: dict[str, Any], projector: DropoutProjector) -> None:
+    """Give a projector the statistics of a store, or check that it has the same."""
+    given = {_statistics_key(m): s.digest for m, s in projector.statistics.items()}
+    for key, digest in manifest["statistics"].items():
+        if key in given and given[key] != digest:
+            raise StoreMismatchError(
+                f"statistics ({key}) of weighted dropout are {digest} in the store at {root}, "
+                f"{given[key]} given: masks would differ. Give a projector that is not "
+                "calibrated; it takes over the store's"
+            )
+        if key not in given:
+            file = _statistics_file(root, key)
+            if not file.is_file():
+                raise StoreMismatchError(f"{root} has lost its statistics: {file} is missing")
+            statistics = GradientStatistics.from_tensors(load_tensors(file))
+            if statistics.digest != digest:
+                raise StoreMismatchError(f"{file} does not hold the statistics of the manifest")
+            projector.set_statistics(statistics, None if key == "shared" else int(key))
+    if projector.proj_type != "weighted_dropout" or manifest["statistics"]:
+        return
+    if any(np.load(file, mmap_mode="r").any() for file in root.glob("*/_is_featurized.mmap")):
+        raise StoreMismatchError(
+            f"{root} holds features of weighted dropout without the statistics of their masks; "
+            "they cannot be used, give another save_dir"
+        )
 
 
 def _parameter_difference(mine: Any, theirs: Any) -> str:
