@@ -80,7 +80,9 @@ def test_tasks_by_name() -> None:
     output = LossOutput(nn.functional.mse_loss)
     assert resolve_task(output) is output
     assert task_name("clip") == "clip"
-    assert task_name(output) == "LossOutput"
+    assert task_name(output) == "LossOutput(torch.nn.functional.mse_loss)"
+    assert task_name(LossOutput(nn.MSELoss())) == "LossOutput(MSELoss())"
+    assert task_name(ImageClassificationModelOutput()) == "image_classification"
     with pytest.raises(ValueError, match="task='images' is not known; use one of image_class"):
         resolve_task("images")
     with pytest.raises(TypeError, match="task must be a name"):

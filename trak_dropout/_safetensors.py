@@ -36,6 +36,13 @@ if sys.byteorder != "little":  # the bytes below are copied as they lie in memor
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+def check_storable(tensors: Mapping[str, Tensor]) -> None:
+    """Raise TypeError if a tensor's dtype is not one of safetensors'."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise TypeError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored")
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to a file, which appears whole or not at all.
 
@@ -46,11 +53,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         TypeError: a tensor's dtype is not one of safetensors'.
     """
+    check_storable(tensors)
     header: dict[str, object] = {}
     offset = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise TypeError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored")
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _NAMES[tensor.dtype],

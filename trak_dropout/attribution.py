@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from tqdm import tqdm
 from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
 
 from trak_dropout.gradients import BatchError, DenseGradientComputer
-from trak_dropout.outputs import resolve_task
-from trak_dropout.projector import DropoutProjector
+from trak_dropout.outputs import resolve_task, task_name
+from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
 from trak_dropout.scoring import DampedScoreComputer, self_influence
 from trak_dropout.store import Store, StoreMismatchError
 
@@ -42,10 +48,15 @@ class Featurizer:
         grad_wrt: Sequence[str] | None = None,
     ) -> None:
         self.projector = projector
+        self._model = model
         self._computer = DenseGradientComputer(
             model, task, projector.grad_dim, projector.dtype, projector.device, grad_wrt
         )
         self._normalize = torch.sqrt(torch.tensor(projector.grad_dim, dtype=torch.float32))
+
+    def reload(self) -> None:
+        """Take up the model's parameters and buffers, which may be other tensors than before."""
+        self._computer.load_model_params(self._model)
 
     def features(self, batch: Sequence[Tensor], model_id: int) -> Tensor:
         """Compute compressed gradients.
@@ -85,8 +96,15 @@ class Featurizer:
 
         Raises:
             BatchError: the task cannot take the batch.
+            NonFiniteGradientError: one is NaN or infinite.
         """
-        return self._computer.compute_loss_grad(batch)
+        values = self._computer.compute_loss_grad(batch)
+        bad = torch.nonzero(~torch.isfinite(values[:, 0])).flatten().tolist()
+        if bad:
+            raise NonFiniteGradientError(
+                f"out-to-loss gradients of samples {bad[:10]} of the batch are NaN or infinite", bad
+            )
+        return values
 
 
 class AttributionStore(Store):
@@ -161,10 +179,16 @@ class AttributionStore(Store):
         with preserved(model), bar:
             model.eval()
             for model_id in chosen:
-                load_weights(model, self.weights(model_id))
+                load_weights(model, self.weights(model_id) | self.transient_buffers(model_id))
+                featurizer.reload()
                 rows = []
-                for batch in targets:
-                    rows.append(featurizer.features(to_device(model, batch, device), model_id))
+                for i, batch in enumerate(targets):
+                    try:
+                        rows.append(featurizer.features(to_device(model, batch, device), model_id))
+                    except NonFiniteGradientError as error:
+                        raise NonFiniteGradientError(
+                            f"targets, batch {i}: {error}", error.samples
+                        ) from error
                     bar.update()
                 grads = torch.from_numpy(np.array(self.grads(model_id))).to(device)
                 features = computer.get_x_xtx_inv(grads, computer.get_xtx(grads))
@@ -190,14 +214,26 @@ class AttributionStore(Store):
         return self_influence(self, model_ids, damping)
 
     def _resolved_task(self) -> str | AbstractModelOutput:
-        task = self.settings.task if self._task is None else self._task
-        if task is None or (isinstance(task, str) and task not in TASK_TO_MODELOUT):
+        recorded = self.settings.task
+        if self._task is not None:
+            if recorded is not None and task_name(self._task) != recorded:
+                raise StoreMismatchError(
+                    f"task is {recorded!r} in the store at {self.save_dir}, "
+                    f"{task_name(self._task)!r} given: their gradients are not comparable"
+                )
+            return self._task
+        if recorded is None:
+            raise ValueError(
+                f"{self.save_dir} was not written by the Lightning callback, so it holds neither "
+                "task nor weights; score its targets with TRAKer and your own checkpoints"
+            )
+        if recorded not in TASK_TO_MODELOUT:
             raise ValueError(
                 f"task is needed: {self.save_dir} was collected with the model output function "
-                f"{task!r}, which cannot be built from its name; "
+                f"{recorded!r}, which cannot be built from its name; "
                 "give it to open_store(..., task=...)"
             )
-        return task
+        return recorded
 
 
 def open_store(
@@ -231,10 +267,24 @@ def in_dataset_order(loader: Iterable[Any]) -> Iterable[Any]:
 
     Returns:
         Batches in data-set order where it is a ``DataLoader`` that shuffles, else the loader.
+
+    Raises:
+        ValueError: it draws random samples, so that nobody could tell which came in which order.
     """
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
-        return sequential_loader(loader)
-    return loader
+    if not isinstance(loader, DataLoader):
+        return loader
+    sampler = inner_sampler(loader)
+    if isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler):
+        raise ValueError(
+            f"loader draws its samples with a {type(sampler).__name__}, so their order is unknown; "
+            "give a loader over torch.utils.data.Subset(dataset, indices) without a sampler"
+        )
+    return sequential_loader(loader) if isinstance(sampler, RandomSampler) else loader
+
+
+def inner_sampler(loader: DataLoader[Any]) -> Any:
+    """Return the sampler that draws single samples, also where a batch sampler holds it."""
+    return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
 
 def sequential_loader(
@@ -251,12 +301,18 @@ def sequential_loader(
         The loader.
 
     Raises:
-        ValueError: the loader gives what its data set holds, without batching.
+        ValueError: the loader does not batch, or has an ``__iter__`` of its own.
     """
     if loader.batch_sampler is None:
         raise ValueError(
             "the loader does not batch (batch_size=None), so its data set's items are batches "
             "and have no order of samples; use a data set of samples"
+        )
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise ValueError(
+            f"the loader's class {type(loader).__name__} has an __iter__ of its own, which a pass "
+            "in data-set order would leave out; move what it does into collate_fn or into the "
+            "module's on_after_batch_transfer"
         )
     own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
     dataset: Any = loader.dataset
@@ -274,7 +330,10 @@ def sequential_loader(
 
 
 def to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
-    """Move a batch to a device, through a LightningModule's transfer hooks where it has them.
+    """Move a batch to a device, as Lightning would where the model is a LightningModule.
+
+    That is through the transfer hooks of the module or of its Trainer's data module, and with the
+    input conversion of the Trainer's precision.
 
     Args:
         model: the model that will take the batch.
@@ -284,17 +343,18 @@ def to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
     Returns:
         The batch on the device.
     """
-    if hasattr(model, "transfer_batch_to_device"):
+    if hasattr(model, "_apply_batch_transfer_handler"):
         module: Any = model
-        batch = module.on_before_batch_transfer(batch, 0)
-        batch = module.transfer_batch_to_device(batch, device, 0)
-        return module.on_after_batch_transfer(batch, 0)
+        batch = module._on_before_batch_transfer(batch)
+        batch = module._apply_batch_transfer_handler(batch, device)
+        trainer = module._trainer
+        return batch if trainer is None else trainer.precision_plugin.convert_input(batch)
     if isinstance(batch, list | tuple):
         return [part.to(device) if isinstance(part, Tensor) else part for part in batch]
     return batch
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into a model's parameters and buffers, in place.
 
     Args:
@@ -302,20 +362,40 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         weights: name to tensor, as a state dict; further entries are ignored.
 
     Raises:
-        StoreMismatchError: a parameter is missing or has another shape.
+        StoreMismatchError: a parameter is missing, or one or a buffer has another shape.
     """
-    wanted = dict(model.named_parameters())
-    for name, parameter in wanted.items():
-        if name not in weights or weights[name].shape != parameter.shape:
-            found = tuple(weights[name].shape) if name in weights else "missing"
+    parameters = dict(model.named_parameters())
+    tensors = {**parameters, **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        if name not in weights and name not in parameters:
+            continue
+        found = weights[name].shape if name in weights else None
+        if found != tensor.shape:
             raise StoreMismatchError(
-                f"model has parameter {name} {tuple(parameter.shape)}, which in the store's "
-                f"weights is {found}; give a model of the architecture that was trained"
+                f"model has {name} {tuple(tensor.shape)}, which in the store's weights is "
+                f"{'missing' if found is None else tuple(found)}; "
+                "give a model of the architecture that was trained"
             )
     with torch.no_grad():
-        for name, tensor in [*wanted.items(), *model.named_buffers()]:
+        for name, tensor in tensors.items():
             if name in weights:
                 tensor.copy_(weights[name])
+
+
+def split_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a model's state dict, and the buffers that it leaves out.
+
+    Args:
+        model: the model; a ``state_dict`` method of its own is passed over, as it may leave out
+            parameters.
+
+    Returns:
+        Tensors of the state dict, and non-persistent buffers, by name; not copied.
+    """
+    state = nn.Module.state_dict(model)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in model.named_buffers() if name not in tensors}
+    return tensors, rest
 
 
 @contextmanager

@@ -38,6 +38,12 @@ class LossOutput(AbstractModelOutput):
             raise TypeError(f"loss_fn must be callable on (output, target), got {loss_fn!r}")
         self.loss_fn = loss_fn
 
+    @property
+    def name(self) -> str:
+        """The name under which stores record it: another loss has another."""
+        loss = self.loss_fn
+        return f"LossOutput({loss if isinstance(loss, nn.Module) else _qualified_name(loss)})"
+
     def get_output(
         self,
         model: nn.Module,
@@ -109,5 +115,22 @@ def resolve_task(task: str | AbstractModelOutput) -> AbstractModelOutput:
 
 
 def task_name(task: str | AbstractModelOutput) -> str:
-    """Return the name under which a store records a task: TRAK's own, or that of its class."""
-    return task if isinstance(task, str) else type(task).__name__
+    """Return the name under which a store records a task.
+
+    Args:
+        task: a name, or a model output function.
+
+    Returns:
+        TRAK's name of the task, or one that tells its class and, of a `LossOutput`, its loss.
+    """
+    if isinstance(task, str):
+        return task
+    if isinstance(task, LossOutput):
+        return task.name
+    known = {output: name for name, output in TASK_TO_MODELOUT.items()}
+    return known.get(type(task)) or _qualified_name(type(task))
+
+
+def _qualified_name(thing: object) -> str:
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -128,7 +128,13 @@ class DampedScoreComputer(AbstractScoreComputer):
             )
         if self.dtype == torch.float16:
             features /= features.abs().mean()
-        return features.to(torch.float32)
+        result = features.to(torch.float32)
+        if not bool(torch.isfinite(result).all()):
+            raise GramError(
+                "features leave the range of float32: the compressed gradients are too small "
+                f"(mean square {float(xtx.trace()) / grads.numel():.1e}); scale the loss up"
+            )
+        return result
 
     def get_scores(self, features: Tensor, target_grads: Tensor, accumulator: Tensor) -> None:
         """Add the scores of one checkpoint to an accumulator.
@@ -137,8 +143,14 @@ class DampedScoreComputer(AbstractScoreComputer):
             features: ``(n, k)``.
             target_grads: compressed gradients of the targets, ``(m, k)``.
             accumulator: ``(n, m)``, added to in place.
+
+        Raises:
+            GramError: a target's gradient is NaN or infinite.
         """
         targets = target_grads.to(self.device, torch.float32).T
+        if not bool(torch.isfinite(targets).all()):
+            bad = torch.nonzero(~torch.isfinite(targets).all(dim=0)).flatten().tolist()
+            raise GramError(f"compressed gradients of targets {bad[:10]} are NaN or infinite")
         for start in range(0, len(features), _BLOCK_ROWS):
             block = features[start : start + _BLOCK_ROWS].to(self.device, torch.float32)
             accumulator[start : start + _BLOCK_ROWS] += (block @ targets).to(accumulator.device)
@@ -180,10 +192,11 @@ class DampedScoreComputer(AbstractScoreComputer):
         damped = gram.clone()
         damped.diagonal().add_(ridge)
         factor, info = torch.linalg.cholesky_ex(damped)
+        rank_deficient = k > n and ridge == 0
         # A pivot at rounding level is noise: the inverse would be noise as well.
         pivots = factor.diagonal().square()
         floor = len(gram) * torch.finfo(torch.float64).eps * float(damped.diagonal().max())
-        if int(info) or bool((pivots <= floor).any()):
+        if int(info) or rank_deficient or bool((pivots <= floor).any()):
             raise GramError(
                 f"the Gram matrix of {n} samples and {k} columns is singular with "
                 f"damping={self.damping!r}, lambda_reg={self.lambda_reg!r}: some columns are zero "

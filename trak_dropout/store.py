@@ -5,7 +5,8 @@ directory:
 
     metadata.json, id_<m>.json, experiments.json, scores/    as TRAK writes them
     <m>/grads.mmap, out_to_loss.mmap, features.mmap, _is_featurized.mmap    likewise
-    <m>/weights.safetensors    the checkpoint's weights, where the Lightning callback collected
+    <m>/weights.safetensors, <m>/transient.safetensors    the checkpoint's weights, and its buffers
+        outside the state dict, where the Lightning callback collected
     statistics_<m>.safetensors    what weighted dropout draws by, for checkpoint m or "shared"
     manifest.json    how the features came about
 
@@ -15,6 +16,7 @@ A plain ``TRAKer`` opens it, since the manifest lies beside its files and change
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -205,17 +207,26 @@ class ManifestSaver(MmapSaver):
         self.manifest["run"].update(facts)
         self._write_manifest()
 
-    def save_weights(self, model_id: int, weights: Mapping[str, Tensor]) -> None:
+    def save_weights(
+        self, model_id: int, weights: Mapping[str, Tensor], transient: Mapping[str, Tensor]
+    ) -> None:
         """Write a checkpoint's weights beside its features.
 
         Args:
             model_id: the checkpoint.
             weights: the model's state dict.
+            transient: buffers that the state dict leaves out.
 
         Raises:
-            TypeError: an entry is no tensor or has a dtype that cannot be stored.
+            TypeError: an entry has a dtype that cannot be stored.
         """
+        if transient:
+            save_tensors(_weights_file(self.save_dir, model_id, "transient"), transient)
         save_tensors(_weights_file(self.save_dir, model_id), weights)
+
+    def is_complete(self, model_id: int) -> bool:
+        """Whether all training samples of a checkpoint are featurized."""
+        return self.model_ids.get(model_id, {}).get("is_featurized") == 1
 
     def serialize_current_model_id_metadata(self, already_exists: bool = True) -> None:
         """Write TRAK's state of the current checkpoint, and statistics that are new.
@@ -224,7 +235,12 @@ class ManifestSaver(MmapSaver):
             already_exists: as for TRAK's savers.
         """
         self.save_statistics()
-        super().serialize_current_model_id_metadata(already_exists)
+        model_id = self.current_model_id
+        state = self.model_ids[model_id]
+        done = int(self.current_store["is_featurized"].sum() == self.train_set_size)
+        state["is_featurized"] = done
+        if done or not already_exists:  # as TRAK does, but never half a file
+            write_json(self.save_dir / f"id_{model_id}.json", {str(model_id): state})
 
     def save_statistics(self) -> None:
         """Write the statistics that the projector has and the store lacks."""
@@ -288,9 +304,11 @@ class FeatureFiles:
         """The checkpoints all of whose training samples are featurized, ascending."""
         ids = []
         for file in self.save_dir.glob("id_*.json"):
-            for model_id, state in json.loads(file.read_text()).items():
-                if state["is_featurized"] == 1:
-                    ids.append(int(model_id))
+            try:
+                states = json.loads(file.read_text())
+            except ValueError as error:
+                raise IncompleteStoreError(f"{file} is damaged, no JSON: {error}") from error
+            ids += [int(m) for m, state in states.items() if state["is_featurized"] == 1]
         return sorted(ids)
 
     def choose(self, model_ids: Iterable[int] | None = None) -> list[int]:
@@ -328,7 +346,10 @@ class FeatureFiles:
         file = self.save_dir / str(model_id) / f"{name}.mmap"
         if not file.is_file():
             raise IncompleteStoreError(f"{file} does not exist: model_id={model_id} has no {name}")
-        return np.load(file, mmap_mode="r")
+        try:
+            return np.load(file, mmap_mode="r")
+        except ValueError as error:
+            raise IncompleteStoreError(f"{file} is damaged or cut short: {error}") from error
 
 
 class Store(FeatureFiles):
@@ -343,13 +364,23 @@ class Store(FeatureFiles):
     """
 
     def __init__(self, save_dir: str | Path) -> None:
-        file = Path(save_dir).resolve() / MANIFEST
-        if not file.is_file():
+        root = Path(save_dir).resolve()
+        if not (root / MANIFEST).is_file():
             raise FileNotFoundError(
-                f"save_dir={str(save_dir)!r} holds no store (no {MANIFEST}); "
-                "results of a plain TRAKer are read with TRAKer"
+                f"save_dir={str(save_dir)!r} holds no store (no {MANIFEST}): "
+                + (
+                    "results of a plain TRAKer are read with TRAKer"
+                    if (root / "metadata.json").is_file()
+                    else "nothing has been collected there (fast_dev_run collects nothing)"
+                )
             )
         super().__init__(save_dir)
+
+    @property
+    def model_ids(self) -> list[int]:
+        """Complete checkpoints, without those that a resumed run went back behind."""
+        known = self.manifest["model_ids"]
+        return [m for m in super().model_ids if not known.get(str(m), {}).get("abandoned")]
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -406,6 +437,11 @@ class Store(FeatureFiles):
             )
         return load_tensors(file)
 
+    def transient_buffers(self, model_id: int) -> dict[str, Tensor]:
+        """Return a checkpoint's buffers that its state dict leaves out, by name."""
+        file = _weights_file(self.save_dir, model_id, "transient")
+        return load_tensors(file) if file.is_file() else {}
+
     def __repr__(self) -> str:
         s = self.settings
         return (
@@ -414,8 +450,24 @@ class Store(FeatureFiles):
         )
 
 
-def _weights_file(root: Path, model_id: int) -> Path:
-    return root / str(model_id) / "weights.safetensors"
+def remove_store(root: Path) -> None:
+    """Delete the files of a store, and nothing else that lies in its directory.
+
+    Args:
+        root: the directory.
+    """
+    for file in root.glob("id_*.json"):
+        shutil.rmtree(root / file.stem.removeprefix("id_"), ignore_errors=True)
+        file.unlink()
+    shutil.rmtree(root / "scores", ignore_errors=True)
+    for file in [*root.glob("statistics_*.safetensors"), root / "experiments.json"]:
+        file.unlink(missing_ok=True)
+    for name in ("metadata.json", MANIFEST):
+        (root / name).unlink(missing_ok=True)
+
+
+def _weights_file(root: Path, model_id: int, kind: str = "weights") -> Path:
+    return root / str(model_id) / f"{kind}.safetensors"
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:
@@ -437,6 +489,11 @@ def _claim(root: Path, settings: StoreSettings) -> dict[str, Any]:
             raise StoreMismatchError(
                 f"{root} was written with other settings: {'; '.join(differences)}. "
                 "Give the same settings, or another save_dir"
+                + (
+                    " (dtype is TRAKer's use_half_precision)"
+                    if "dtype is" in str(differences)
+                    else ""
+                )
             )
         return manifest
     if any(root.glob("id_*.json")):

@@ -89,7 +89,7 @@ class DenseGradientComputer(FunctionalGradientComputer):
             return per_sample(varied, *batch)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:
             raise _refused(self.modelout_fn, batch, error) from error
 
     def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
@@ -99,7 +99,7 @@ class DenseGradientComputer(FunctionalGradientComputer):
             batch: as for `compute_per_sample_grad`.
 
         Returns:
-            Tensor ``(B, 1)``.
+            Tensor ``(B, 1)``, also where the task gives ``(B,)``.
 
         Raises:
             BatchError: the task cannot take the batch.
@@ -107,11 +107,17 @@ class DenseGradientComputer(FunctionalGradientComputer):
         check_batch(self.modelout_fn, batch)
         try:
             with torch.no_grad():
-                return super().compute_loss_grad(batch)
+                values = super().compute_loss_grad(batch)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:
             raise _refused(self.modelout_fn, batch, error) from error
+        if values.numel() != len(batch[0]):
+            raise BatchError(
+                f"task: get_out_to_loss_grad of {type(self.modelout_fn).__name__} returned shape "
+                f"{tuple(values.shape)} for {len(batch[0])} samples, expected one value for each"
+            )
+        return values.reshape(-1, 1)
 
 
 def check_batch(task: AbstractModelOutput, batch: Any) -> int:
@@ -128,12 +134,12 @@ def check_batch(task: AbstractModelOutput, batch: Any) -> int:
         BatchError: the batch is no tuple or list of tensors, holds another number of them than
             the task's ``get_output`` takes, or they differ in their first dimension.
     """
-    takes = _inputs_of(task)
+    takes, optional = _inputs_of(task)
     if not isinstance(batch, list | tuple) or not batch:
         raise BatchError(_message(takes, task, f"a {type(batch).__name__}"))
     if not all(isinstance(part, Tensor) and part.ndim > 0 for part in batch):
         raise BatchError(_message(takes, task, _describe(batch)))
-    if takes is not None and len(takes) != len(batch):
+    if takes is not None and not len(takes) - optional <= len(batch) <= len(takes):
         raise BatchError(_message(takes, task, _describe(batch)))
     sizes = {len(part) for part in batch}
     if len(sizes) > 1:
@@ -143,17 +149,21 @@ def check_batch(task: AbstractModelOutput, batch: Any) -> int:
     return sizes.pop()
 
 
-def _inputs_of(task: AbstractModelOutput) -> list[str] | None:
-    """Names of the tensors that the task's ``get_output`` takes; None when it takes any."""
+def _inputs_of(task: AbstractModelOutput) -> tuple[list[str] | None, int]:
+    """Names of the tensors that ``get_output`` takes, None for any, and how many are optional."""
     parameters = list(inspect.signature(task.get_output).parameters.values())[3:]
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
-        return None
-    return [p.name for p in parameters if p.default is inspect.Parameter.empty]
+        return None, 0
+    names = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    return names, sum(p.default is not inspect.Parameter.empty for p in parameters)
 
 
 def _message(takes: list[str] | None, task: AbstractModelOutput, given: str) -> str:
     wants = "tensors" if takes is None else f"tensors ({', '.join(takes)})"
-    return f"batch: {type(task).__name__} takes a tuple of {wants}, got {given}"
+    return (
+        f"batch: {type(task).__name__} takes a tuple of {wants}, got {given}; change the "
+        "collate_fn, or write a model output function for such batches"
+    )
 
 
 def _refused(task: AbstractModelOutput, batch: Sequence[Tensor], error: Exception) -> BatchError:
