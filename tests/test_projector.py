@@ -244,3 +244,88 @@ def test_gradients_of_another_model_are_refused() -> None:
     restricted = DropoutProjector.from_model(mlp(32), 16, grad_wrt=["1.weight"])
     with pytest.raises(ValueError, match="Give the same grad_wrt"):
         restricted.project(gradients(mlp(32)), 0)
+
+
+SCHEMES = ["dropout", "unit_dropout", "weighted_dropout"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("fold", [1, 4])
+def test_every_scheme_is_its_masks_matrix(scheme: str, fold: int) -> None:
+    model = convnet()
+    grads = gradients(model)
+    projector = DropoutProjector.from_model(
+        model, 40, seed=1, proj_type=scheme, dtype=torch.float64, fold=fold
+    )
+    projector.calibrate(grads)
+    flat = vectorize(grads, device="cpu")
+    for model_id in (0, 3):
+        expected = flat.double() @ matrix_of(projector, model_id)
+        torch.testing.assert_close(projector.project(grads, model_id), expected)
+        torch.testing.assert_close(projector.project(flat, model_id), expected)
+    assert projector.proj_type == scheme
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_works_without_a_layout(scheme: str) -> None:
+    grads = torch.randn(5, 200)
+    projector = DropoutProjector(200, 10, proj_type=scheme, fold=2)
+    result = projector.project(grads, 0)
+    torch.testing.assert_close(result, (grads.double() @ matrix_of(projector)).float())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_inner_products_are_kept_on_average(scheme: str) -> None:
+    # Heavy-tailed gradients; the tolerance is 5 standard errors of the mean over masks.
+    model = mlp(4)
+    torch.manual_seed(2)
+    size = sum(p.numel() for p in model.parameters())
+    g, h = torch.distributions.StudentT(3.0).sample((2, size)).double()
+    projector = DropoutProjector.from_model(model, 30, proj_type=scheme, fold=3)
+    projector.calibrate(torch.stack([g, g + h]))
+    products = []
+    for model_id in range(1500):
+        a, b = projector.project(torch.stack([g, h]), model_id)
+        products.append(float(a @ b))
+    error = np.std(products) / np.sqrt(len(products))
+    assert abs(np.mean(products) - 30 * float(g @ h)) < 5 * error
+
+
+def test_first_batch_calibrates_for_good(caplog: pytest.LogCaptureFixture) -> None:
+    model, grads = mlp(), gradients(mlp())
+    projector = DropoutProjector.from_model(model, 16, proj_type="weighted_dropout", fold=1)
+    with pytest.raises(ValueError, match="call calibrate"):
+        projector.mask(0)
+    with caplog.at_level("INFO"):
+        first = projector.project(grads, 0)
+    assert "7 samples of the first batch" in caplog.text
+    other = {name: torch.randn_like(grad) for name, grad in grads.items()}
+    projector.project(other, 0)
+    assert torch.equal(projector.project(grads, 0), first)
+    with pytest.raises(RuntimeError, match="have been projected with other statistics"):
+        projector.calibrate(other)
+    projector.calibrate(other, model_id=5)  # a checkpoint that has not been projected yet
+    assert set(projector.statistics) == {None, 5}
+    again = DropoutProjector.from_model(model, 16, proj_type="weighted_dropout", fold=1)
+    for owner, statistics in projector.statistics.items():
+        again.set_statistics(statistics, owner)
+    for model_id in (0, 1, 5):
+        assert torch.equal(again.project(grads, model_id), projector.project(grads, model_id))
+
+
+def test_calibrate_takes_a_loader() -> None:
+    images, labels = digits()
+    model = mlp()
+    computer = FunctionalGradientComputer(
+        model, ImageClassificationModelOutput(), 0, torch.float32, "cpu"
+    )
+    batches = [(images[i : i + 50], labels[i : i + 50]) for i in range(0, 500, 50)]
+    projector = DropoutProjector.from_model(model, 16, proj_type="weighted_dropout")
+    projector.calibrate(batches, compute=computer.compute_per_sample_grad, samples=120)
+    assert projector.statistics[None].samples == 150
+    with pytest.raises(ValueError, match="no samples to calibrate with"):
+        projector.calibrate([])
+    with pytest.raises(ValueError, match="missing 3.weight"):
+        projector.calibrate([gradients(convnet())])
+    with pytest.raises(ValueError, match="calibrate with gradients of this model"):
+        DropoutProjector(9, 3).set_statistics(projector.statistics[None])
