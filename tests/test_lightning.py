@@ -415,6 +415,40 @@ def test_averaged_weights_are_collected_as_saved(tmp_path: Path) -> None:
         assert all(torch.equal(kept[name], saved[name]) for name, _ in module.named_parameters())
 
 
+def test_several_checkpoints_at_one_position_are_collected_once(tmp_path: Path) -> None:
+    savers = [
+        ModelCheckpoint(tmp_path / str(n), every_n_train_steps=n, save_top_k=-1, save_last=True)
+        for n in (3, 6)
+    ]
+    collector, _, _ = fit(
+        tmp_path / "store", when="checkpoint", callbacks=savers, enable_checkpointing=True
+    )
+    facts = [collector.store.describe(m) for m in collector.model_ids]
+    assert [f["global_step"] for f in facts] == [3, 6, 9, 12]
+
+
+def test_checkpoints_that_nobody_hears_of(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "ckpt", save_weights_only=True)
+    with (
+        pytest.warns(UserWarning, match="collects only if you call"),
+        pytest.warns(UserWarning, match="collected nothing in this fit"),
+    ):
+        fit(tmp_path / "store", when="checkpoint", callbacks=[saver], enable_checkpointing=True)
+
+
+def test_part_of_the_data_is_trained_on(tmp_path: Path) -> None:
+    for options in (
+        {"limit_train_batches": 2},
+        {
+            "data": loader(
+                train_set(), sampler=torch.utils.data.RandomSampler(train_set(), num_samples=60)
+            )
+        },
+    ):
+        with pytest.warns(UserWarning, match="collects all 300 samples"):
+            fit(tmp_path / "store", max_epochs=1, overwrite=True, **options)
+
+
 def test_a_failing_collection_leaves_the_checkpoint(tmp_path: Path) -> None:
     images, labels = digits()
     images = images[:120].clone()

@@ -19,6 +19,7 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "checkpoints": checkpoints(model, 2),
         "train_set": train_set(),
         "train_loader": loader(train_set()),
+        "target_set": target_set(),
         "target_loader": loader(target_set()),
         "module": Classifier(mlp()),
     }
@@ -28,6 +29,7 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["scores"].shape == (300, 20)
     assert names["suspicion"].shape == (300,)
     assert np.isfinite(names["scores"]).all()
+    assert len(names["checkpoints"]) == 3
 
 
 def test_names_the_two_commands() -> None:

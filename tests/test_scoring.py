@@ -128,6 +128,30 @@ def test_singular_gram_matrix_is_refused(shape: tuple[int, int]) -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_rank_deficiency_at_rounding_level_is_refused(seed: int) -> None:
+    # Cholesky may succeed on noise: the inverse would be noise as well.
+    torch.manual_seed(seed)
+    x = torch.randn(40, 3) @ torch.randn(3, 8)
+    computer = DampedScoreComputer(damping=0.0)
+    with pytest.raises(GramError, match="singular"):
+        computer.get_x_xtx_inv(x.double(), computer.get_xtx(x.double()))
+    wide = torch.randn(5, 8)  # more columns than samples: singular, though X X^T is not
+    with pytest.raises(GramError, match="5 samples and 8 columns is singular"):
+        computer.get_x_xtx_inv(wide, computer.get_xtx(wide))
+
+
+def test_nothing_infinite_comes_out() -> None:
+    x = 1e-41 * torch.randn(20, 4).double()
+    computer = DampedScoreComputer()
+    with pytest.raises(GramError, match="leave the range of float32"):
+        computer.get_x_xtx_inv(x, computer.get_xtx(x))
+    targets = torch.randn(3, 4)
+    targets[1, 2] = float("nan")
+    with pytest.raises(GramError, match=r"targets \[1\] are NaN"):
+        computer.get_scores(torch.randn(20, 4), targets, torch.zeros(20, 3))
+
+
 def test_unusable_gram_matrices_are_refused() -> None:
     with pytest.raises(GramError, match="every compressed gradient is zero"):
         DampedScoreComputer().get_xtx(torch.zeros(5, 3))

@@ -103,6 +103,33 @@ def test_another_model_is_refused(stored: tuple[nn.Module, Path]) -> None:
         reopen(model, stored[1])
 
 
+def test_swapped_statistics_are_refused(tmp_path: Path) -> None:
+    model = mlp()
+    states = checkpoints(model, 1)
+    options = {"proj_dim": 32, "fold": 2, "proj_type": "weighted_dropout"}
+    quickstart(model, states, tmp_path / "s", **plugin(model, **options))
+    # The first batch calibrated; another process takes the statistics over, or is refused.
+    assert [f.name for f in (tmp_path / "s").glob("statistics_*")] == [
+        "statistics_shared.safetensors"
+    ]
+    taken = reopen(model, tmp_path / "s", **options).projector
+    assert taken.statistics[None].samples == 50
+    plugs = plugin(model, **options)
+    plugs["projector"].calibrate([torch.randn(5, 2410)])
+    before = listing(tmp_path / "s")
+    with pytest.raises(StoreMismatchError, match=r"statistics \(shared\) of weighted dropout are"):
+        TRAKer(model, "image_classification", 300, str(tmp_path / "s"), device="cpu", **plugs)
+    assert listing(tmp_path / "s") == before
+    with pytest.raises(StoreMismatchError, match="scheme is 'weighted_dropout' in the store"):
+        reopen(model, tmp_path / "s", fold=2)
+    # Features whose statistics were never written cannot be continued.
+    manifest = tmp_path / "s" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"statistics": {}}))
+    with pytest.raises(StoreMismatchError, match="without the statistics of their masks"):
+        reopen(model, tmp_path / "s", **options)
+
+
 def test_projector_and_saver_must_belong_together(tmp_path: Path) -> None:
     model = mlp()
     plugs = plugin(model, 32) | {"projector": DropoutProjector.from_model(model, 31)}

@@ -302,9 +302,10 @@ class DropoutProjector(AbstractProjector):
         first = blocks[0][1]
         out = torch.zeros(len(first), self.proj_dim, dtype=self._compute_dtype, device=first.device)
         with torch.no_grad():
-            for (_, block), kept in zip(blocks, plan.kept, strict=True):
-                if kept is not None:
-                    kept.add_to(out, block)
+            for i, kept in plan.kept:
+                kept.add_to(out, blocks[i][1])
+            if plan.weights is not None:
+                out *= plan.weights
         result = out.to(device=self.device, dtype=self.dtype)
         self._check_finite(out, result, model_id)
         return result
@@ -384,6 +385,8 @@ class DropoutProjector(AbstractProjector):
         return self._plan
 
     def _check_finite(self, exact: Tensor, result: Tensor, model_id: int) -> None:
+        if bool(torch.isfinite(result.sum())):  # a single pass; NaN and infinities spread
+            return
         bad = ~torch.isfinite(result).all(dim=1)
         if not bool(bad.any()):
             return
@@ -415,9 +418,12 @@ class _Plan:
         self.key = key
         cuts = spans(mask, [shape.numel() for shape in shapes])
         self.kept = [
-            _Kept(mask, offset, slice(start, stop), device, dtype) if stop > start else None
-            for offset, start, stop in cuts
+            (i, _Kept(mask, offset, slice(start, stop), device, dtype))
+            for i, (offset, start, stop) in enumerate(cuts)
+            if stop > start
         ]
+        # Without folding every column has one weight, so that all are applied at the end, at once.
+        self.weights = None if mask.folded else torch.as_tensor(mask.weights).to(device, dtype)
 
 
 class _Kept:
@@ -432,7 +438,7 @@ class _Kept:
         self.place = None if mask.folded else place
 
     def add_to(self, out: Tensor, block: Tensor) -> None:
-        """Add this parameter's share of the projection to ``out``, ``(B, proj_dim)``."""
+        """Add this parameter's share, unweighted where nothing folds, to ``out``, ``(B, k)``."""
         if block.is_contiguous():
             flat = block.view(len(block), block.shape[1:].numel())
             taken = flat.gather(1, self.flat.expand(len(block), -1))
@@ -441,11 +447,10 @@ class _Kept:
             taken = block.movedim(0, -1)[axes].T
         else:
             taken = block.unsqueeze(1)
-        taken = taken.to(out.dtype) * self.weights
         if self.place is not None:
             out[:, self.place] = taken
         else:
-            out.index_add_(1, self.columns, taken)
+            out.index_add_(1, self.columns, taken.to(out.dtype) * self.weights)
 
 
 def layout_of(model: nn.Module, grad_wrt: Iterable[str] | None = None) -> Layout:

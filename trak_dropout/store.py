@@ -1,12 +1,12 @@
 """What is on disk: TRAK's own files, and beside them a manifest that makes them safe to reopen.
 
 ``ManifestSaver`` is the plug for TRAK's saver socket and writes; ``Store`` reads. A store is a
-directory:
+directory::
 
     metadata.json, id_<m>.json, experiments.json, scores/    as TRAK writes them
     <m>/grads.mmap, out_to_loss.mmap, features.mmap, _is_featurized.mmap    likewise
-    <m>/weights.safetensors, <m>/transient.safetensors    the checkpoint's weights, and its buffers
-        outside the state dict, where the Lightning callback collected
+    <m>/weights.safetensors      the checkpoint's weights, where the Lightning callback collected
+    <m>/transient.safetensors    its buffers outside the state dict
     statistics_<m>.safetensors    what weighted dropout draws by, for checkpoint m or "shared"
     manifest.json    how the features came about
 
