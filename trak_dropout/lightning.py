@@ -189,7 +189,8 @@ class GradientCollector(pl.Callback):
             batch = to_device(pl_module, next(iter(loader)), pl_module.device)
             trial.features(batch, 0)
             trial.out_to_loss(batch)
-        check_storable({**(state := split_state(pl_module))[0], **state[1]})
+        weights, transient = split_state(pl_module)
+        check_storable(weights | transient)
         if _is_trial(trainer):
             return
         resumed = _position(trainer) > 0
