@@ -40,7 +40,7 @@ from trak_dropout.metrics import linear_datamodeling_score
 
 HERE = Path(__file__).parent
 DAMPINGS = (1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-FOLDS = (1, 2, 4, 8, 16)
+FOLDS = (1, 2, 4, 8, 16, 32, 64)
 SCHEMES = {
     **{f"dropout, fold {fold}": ("dropout", fold) for fold in FOLDS},
     **{f"unit, fold {fold}": ("unit_dropout", fold) for fold in (1, 16)},

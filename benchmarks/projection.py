@@ -73,10 +73,10 @@ def method(name: str, model: nn.Module, k: int, device: str) -> Callable[[], Any
             return lambda: projector.project(grads, 0)
         from dattri.func.projection import random_project
 
-        kind = {"dattri Gaussian": "normal", "dattri random mask": "random_mask"}[name]
-        project = random_project(
-            grads, BATCH, {"proj_dim": k, "proj_type": kind, "device": device, "proj_seed": 0}
-        )
+        kind = {"dattri Gaussian": "normal", "dattri random mask": "random_mask",
+                "dattri SJLT": "sjlt"}[name]  # fmt: skip
+        project = random_project(grads, BATCH, k, BATCH, 0, kind, device=device)
+        project(grads)  # some fail only here
         return lambda: project(grads)
     except Exception as error:
         print(f"{name} does not run here: {type(error).__name__}: {error}"[:150])
@@ -84,7 +84,7 @@ def method(name: str, model: nn.Module, k: int, device: str) -> Callable[[], Any
 
 
 NAMES = (*FLOORS, *OURS, "TRAK BasicProjector", "TRAK CudaProjector", "dattri Gaussian",
-         "dattri random mask")  # fmt: skip
+         "dattri SJLT", "dattri random mask")  # fmt: skip
 
 
 def timed(call: Callable[[], Any], device: str) -> float:

@@ -37,6 +37,7 @@ from trak import TRAKer
 from trak_dropout import (
     BatchError,
     DropoutProjector,
+    FactoredGradientComputer,
     LossOutput,
     NonFiniteGradientError,
     StoreMismatchError,
@@ -108,6 +109,7 @@ def test_store_equals_a_hand_written_loop_to_the_bit(
         tmp_path / "hand",
         use_half_precision=False,
         projector=projector,
+        gradient_computer=FactoredGradientComputer,
     )
     opened = TRAKer(  # a plain TRAKer over the store that the callback wrote
         module,
@@ -117,6 +119,7 @@ def test_store_equals_a_hand_written_loop_to_the_bit(
         device="cpu",
         use_half_precision=False,
         projector=projector,
+        gradient_computer=FactoredGradientComputer,
         logging_level=logging.ERROR,
     )
     opened.finalize_features()
@@ -132,6 +135,18 @@ def test_store_equals_a_hand_written_loop_to_the_bit(
         kept = collector.store.weights(model_id)
         assert set(kept) == set(state)
         assert all(torch.equal(kept[key], state[key]) for key in kept)
+    # TRAK's own gradient computer sums in another order.
+    plain, _ = quickstart(
+        copy.deepcopy(module),
+        states,
+        tmp_path / "plain",
+        use_half_precision=False,
+        projector=projector,
+    )
+    for model_id in range(3):
+        files = [root / f"{model_id}/grads.mmap" for root in (plain.save_dir, opened.save_dir)]
+        theirs, ours = (np.load(file, mmap_mode="r") for file in files)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
 
 
 def test_attribute_equals_the_four_plugs_to_the_bit(tmp_path: Path) -> None:

@@ -100,10 +100,17 @@ def test_unequal_samples(data: st.DataObject) -> None:
     open_ = stated < 1
     if open_.any():
         np.testing.assert_allclose((stated / w)[open_], sample.scale, rtol=1e-9)
-    assert (sample.scale * w[~open_] >= 1 - 1e-8).all() or sample.scale == 0
+    assert (sample.scale * w[~open_] >= 1 - 1e-8).all()
     positions, probabilities = sample.draw(Stream(data.draw(st.integers())))
     assert len(set(positions.tolist())) == n
     np.testing.assert_allclose(probabilities, stated[positions])
+
+
+def test_no_entry_is_left_without_a_chance() -> None:
+    weights = [Separable(np.array([1.0, 1e-12]), np.array([1.0]))]
+    sample = UnequalSample(weights, 1)
+    assert sample.probabilities().sum() == pytest.approx(1)
+    assert sample.scale * 1e-12 == pytest.approx(1e-12)
 
 
 def test_unequal_samples_are_drawn_as_stated() -> None:

@@ -1,10 +1,16 @@
 """Training-data attribution by dropout of gradient coordinates: a plugin for TRAK and Lightning."""
 
-from trak_dropout import metrics
+from trak_dropout import gradients, metrics
 from trak_dropout._version import __version__
 from trak_dropout.attribution import AttributionStore, open_store
-from trak_dropout.gradients import BatchError, DenseGradientComputer
-from trak_dropout.outputs import LossOutput
+from trak_dropout.gradients import (
+    BatchError,
+    DenseGradientComputer,
+    FactoredGradientComputer,
+    FactoredGradients,
+    FactorError,
+)
+from trak_dropout.outputs import CausalLMOutput, LossOutput
 from trak_dropout.plugin import plugin
 from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
 from trak_dropout.scoring import DampedScoreComputer, GramError, self_influence
@@ -18,9 +24,13 @@ from trak_dropout.store import (
 __all__ = [
     "AttributionStore",
     "BatchError",
+    "CausalLMOutput",
     "DampedScoreComputer",
     "DenseGradientComputer",
     "DropoutProjector",
+    "FactorError",
+    "FactoredGradientComputer",
+    "FactoredGradients",
     "GramError",
     "IncompleteStoreError",
     "LossOutput",
@@ -29,6 +39,7 @@ __all__ = [
     "Store",
     "StoreMismatchError",
     "__version__",
+    "gradients",
     "metrics",
     "open_store",
     "plugin",

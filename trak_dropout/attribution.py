@@ -21,7 +21,7 @@ from torch.utils.data import (
 from tqdm import tqdm
 from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
 
-from trak_dropout.gradients import BatchError, DenseGradientComputer
+from trak_dropout.gradients import BatchError, FactoredGradientComputer
 from trak_dropout.outputs import resolve_task, task_name
 from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
 from trak_dropout.scoring import DampedScoreComputer, self_influence
@@ -49,7 +49,7 @@ class Featurizer:
     ) -> None:
         self.projector = projector
         self._model = model
-        self._computer = DenseGradientComputer(
+        self._computer = FactoredGradientComputer(
             model, task, projector.grad_dim, projector.dtype, projector.device, grad_wrt
         )
         self._normalize = torch.sqrt(torch.tensor(projector.grad_dim, dtype=torch.float32))

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
+from trak.modelout_functions import (
+    TASK_TO_MODELOUT,
+    AbstractModelOutput,
+    ImageClassificationModelOutput,
+    TextClassificationModelOutput,
+)
 
 
 class LossOutput(AbstractModelOutput):
@@ -72,6 +78,28 @@ class LossOutput(AbstractModelOutput):
         )
         return self._single(output.squeeze(0), target)
 
+    def get_batch_output(
+        self,
+        model: nn.Module,
+        weights: dict[str, Tensor],
+        buffers: dict[str, Tensor] | None,
+        *batch: Tensor,
+    ) -> Tensor:
+        """Compute minus the loss of each sample, with one forward of the model for all.
+
+        Args:
+            model: the model.
+            weights: its parameters by name.
+            buffers: its buffers by name.
+            *batch: inputs and targets of a batch.
+
+        Returns:
+            ``(B,)``.
+        """
+        *inputs, target = batch
+        outputs = torch.func.functional_call(model, (weights, buffers or {}), tuple(inputs))
+        return torch.func.vmap(self._single)(outputs, target)
+
     def _single(self, output: Tensor, target: Tensor) -> Tensor:
         loss = self.loss_fn(output.unsqueeze(0), target.unsqueeze(0))
         if loss.numel() != 1:
@@ -90,6 +118,159 @@ class LossOutput(AbstractModelOutput):
     ) -> Tensor:
         """Return ones, shape ``(B, 1)``: the output is the loss itself."""
         return torch.ones(len(batch[0]), 1, device=batch[0].device)
+
+
+class CausalLMOutput(AbstractModelOutput):
+    """Minus the next-token loss of a sequence, for causal language models.
+
+    A batch is ``(input_ids,)``, ``(input_ids, attention_mask)`` or ``(input_ids, attention_mask,
+    labels)``, each ``(B, T)``. Position ``t`` predicts the label at ``t + 1``; where no labels are
+    given they are the input tokens, without those that the mask leaves out. Hugging Face models
+    are called by keywords, other modules as ``model(input_ids)`` or ``model(input_ids,
+    attention_mask)``; they return logits ``(B, T, vocabulary)``, or have them as an attribute.
+
+    As with `LossOutput` the out-to-loss gradient is one, so that scores are influence functions.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"`` over the tokens of a sequence that have a label.
+        ignore_index: label of positions that do not count.
+
+    Raises:
+        ValueError: ``reduction`` is neither.
+    """
+
+    def __init__(self, reduction: str = "mean", ignore_index: int = -100) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+
+    @property
+    def name(self) -> str:
+        """The name under which stores record it."""
+        return f"CausalLMOutput({self.reduction}, {self.ignore_index})"
+
+    def get_output(
+        self,
+        model: nn.Module,
+        weights: dict[str, Tensor] | None,
+        buffers: dict[str, Tensor] | None,
+        *batch: Tensor,
+    ) -> Tensor:
+        """Compute minus the loss.
+
+        Args:
+            model: the model.
+            weights: its parameters by name; None to use the model's own.
+            buffers: its buffers by name.
+            *batch: tensors of one sequence, ``(T,)``, when weights are given, of a batch otherwise.
+
+        Returns:
+            A scalar when weights are given, else ``(B,)``.
+        """
+        if weights is None:
+            weights = dict(model.named_parameters())
+            return self.get_batch_output(model, weights, buffers, *batch)
+        rows = tuple(part.unsqueeze(0) for part in batch)
+        return self.get_batch_output(model, weights, buffers, *rows).squeeze(0)
+
+    def get_batch_output(
+        self,
+        model: nn.Module,
+        weights: dict[str, Tensor],
+        buffers: dict[str, Tensor] | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Compute minus the loss of each sequence, with one forward of the model for all.
+
+        Args:
+            model: the model.
+            weights: its parameters by name.
+            buffers: its buffers by name.
+            input_ids: tokens ``(B, T)``.
+            attention_mask: which of them count, ``(B, T)``; all when None.
+            labels: tokens to predict, ``(B, T)``.
+
+        Returns:
+            ``(B,)``; zero for a sequence without labels.
+        """
+        if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
+            keywords: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+            if attention_mask is not None:
+                keywords["attention_mask"] = attention_mask
+            result = torch.func.functional_call(model, (weights, buffers or {}), (), keywords)
+        else:
+            given = (input_ids,) if attention_mask is None else (input_ids, attention_mask)
+            result = torch.func.functional_call(model, (weights, buffers or {}), given)
+        logits = result if isinstance(result, Tensor) else result.logits
+        if labels is None:
+            labels = input_ids
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask == 0, self.ignore_index)
+        losses = nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2) if logits.dtype.itemsize == 2
+            else logits[:, :-1].transpose(1, 2),
+            labels[:, 1:],
+            reduction="none",
+            ignore_index=self.ignore_index,
+        )  # fmt: skip
+        total = losses.sum(1)
+        if self.reduction == "sum":
+            return -total
+        return -total / (labels[:, 1:] != self.ignore_index).sum(1).clamp_min(1)
+
+    def get_out_to_loss_grad(
+        self,
+        model: nn.Module,
+        weights: dict[str, Tensor] | None,
+        buffers: dict[str, Tensor] | None,
+        batch: Sequence[Tensor],
+    ) -> Tensor:
+        """Return ones, shape ``(B, 1)``: the output is the loss itself."""
+        return torch.ones(len(batch[0]), 1, device=batch[0].device)
+
+
+def batch_output_of(task: AbstractModelOutput) -> Callable[..., Tensor] | None:
+    """Return the function that computes a task's output for all samples of a batch at once.
+
+    Args:
+        task: the model output function.
+
+    Returns:
+        Its own ``get_batch_output``, which takes model, weights, buffers and the batch and returns
+        ``(B,)``; for TRAK's image and text classification the same margin as theirs; else None.
+    """
+    own: Callable[..., Tensor] | None = getattr(task, "get_batch_output", None)
+    return own or _BATCH_OUTPUTS.get(type(task))
+
+
+def _image_margins(
+    model: nn.Module, weights: Any, buffers: Any, images: Tensor, labels: Tensor
+) -> Tensor:
+    return _margins(torch.func.functional_call(model, (weights, buffers), images), labels)
+
+
+def _text_margins(model: nn.Module, weights: Any, buffers: Any, *batch: Tensor) -> Tensor:
+    names = ("input_ids", "token_type_ids", "attention_mask")
+    inputs = dict(zip(names, batch[:3], strict=True))
+    logits = torch.func.functional_call(model, (weights, buffers), (), inputs)
+    return _margins(logits, batch[3])
+
+
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logit of the label minus the log-sum-exp of all others, ``(B,)``."""
+    at = labels.unsqueeze(1)
+    others = logits.scatter(1, at, -torch.inf).logsumexp(1)
+    return logits.gather(1, at).squeeze(1) - others
+
+
+_BATCH_OUTPUTS: dict[type[AbstractModelOutput], Callable[..., Tensor]] = {
+    ImageClassificationModelOutput: _image_margins,
+    TextClassificationModelOutput: _text_margins,
+}
 
 
 def resolve_task(task: str | AbstractModelOutput) -> AbstractModelOutput:
@@ -125,7 +306,7 @@ def task_name(task: str | AbstractModelOutput) -> str:
     """
     if isinstance(task, str):
         return task
-    if isinstance(task, LossOutput):
+    if isinstance(task, LossOutput | CausalLMOutput):
         return task.name
     known = {output: name for name, output in TASK_TO_MODELOUT.items()}
     return known.get(type(task)) or _qualified_name(type(task))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trak_dropout.gradients import DenseGradientComputer
+from trak_dropout.gradients import FactoredGradientComputer
 from trak_dropout.masks import DEFAULT_FOLD
 from trak_dropout.projector import DropoutProjector
 from trak_dropout.scoring import DampedScoreComputer, check_damping
@@ -53,7 +53,7 @@ def plugin(
     )
     plugs: dict[str, Any] = {
         "projector": projector,
-        "gradient_computer": DenseGradientComputer,
+        "gradient_computer": FactoredGradientComputer,
         "score_computer": partial(DampedScoreComputer, damping=check_damping(damping)),
         "saver": partial(ManifestSaver, projector=projector),
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trak.projectors import AbstractProjector, ProjectionType
 
 from trak_dropout._checks import check_integer
+from trak_dropout.gradients.factors import Coordinates, FactoredGradient, FactoredGradients
 from trak_dropout.masks import (
     DEFAULT_FOLD,
     Layout,
@@ -24,6 +25,7 @@ from trak_dropout.masks import (
 from trak_dropout.statistics import GradientStatistics
 
 _LOG = logging.getLogger(__name__)
+_Block = Tensor | FactoredGradient
 
 # Arguments with which TRAK builds its own projectors and for which a mask has no use.
 _TRAK_ARGUMENTS = frozenset({"max_batch_size", "block_size", "model_id"})
@@ -219,15 +221,15 @@ class DropoutProjector(AbstractProjector):
         """
         check_integer("samples", samples, minimum=1)
 
-        def batches() -> Iterator[list[Tensor]]:
+        def batches() -> Iterator[list[Tensor | Iterable[Tensor]]]:
             seen = 0
             items: Iterable[Any] = (
                 [gradients] if isinstance(gradients, Mapping | Tensor) else gradients
             )
             for item in items:
-                blocks = self._by_parameter(item if compute is None else compute(item))
-                yield blocks
-                seen += len(blocks[0])
+                found = item if compute is None else compute(item)
+                yield self._by_parameter(found)
+                seen += len(self._blocks(found)[0][1])
                 if seen >= samples:
                     return
 
@@ -258,25 +260,32 @@ class DropoutProjector(AbstractProjector):
         self._statistics[model_id] = statistics
         self._plan = None
 
-    def _by_parameter(self, grads: Mapping[str, Tensor] | Tensor) -> list[Tensor]:
-        """Gradients as one tensor for each parameter of the known layout."""
+    def _by_parameter(
+        self, grads: Mapping[str, Tensor] | Tensor
+    ) -> list[Tensor | Iterable[Tensor]]:
+        """Gradients of each parameter of the known layout, in pieces of some samples each."""
         blocks = [block for _, block in self._blocks(grads)]
         if self.layout is None:
-            return [torch.cat([block.reshape(len(block), -1) for block in blocks], 1)]
+            formed = [block.form() if isinstance(block, FactoredGradient) else block
+                      for block in blocks]  # fmt: skip
+            return [torch.cat([block.reshape(len(block), -1) for block in formed], 1)]
         if isinstance(grads, Tensor):
             parts = torch.split(grads, list(self.layout.sizes), dim=1)
             return [
                 part.reshape(len(grads), *shape)
                 for part, shape in zip(parts, self.layout.shapes, strict=True)
             ]
-        return blocks
+        return [
+            block.pieces() if isinstance(block, FactoredGradient) else block for block in blocks
+        ]
 
     def project(self, grads: Mapping[str, Tensor] | Tensor, model_id: int) -> Tensor:
         """Compress a batch of per-sample gradients.
 
         Args:
-            grads: a mapping from parameter name to per-sample gradients ``(B, *shape)``, or a
-                matrix ``(B, grad_dim)``; any floating-point type, device and strides.
+            grads: a mapping from parameter name to per-sample gradients ``(B, *shape)``, a
+                matrix ``(B, grad_dim)``, or `FactoredGradients`, of which only kept coordinates
+                are computed; any floating-point type, device and strides.
             model_id: the checkpoint that the gradients belong to.
 
         Returns:
@@ -321,7 +330,7 @@ class DropoutProjector(AbstractProjector):
         """Drop the cached mask; it is drawn again, the same, when needed."""
         self._plan = None
 
-    def _blocks(self, grads: Mapping[str, Tensor] | Tensor) -> list[tuple[str, Tensor]]:
+    def _blocks(self, grads: Mapping[str, Tensor] | Tensor) -> list[tuple[str, _Block]]:
         """The gradients as named blocks in coordinate order, their sizes checked."""
         if isinstance(grads, Tensor):
             if grads.ndim != 2 or grads.shape[1] != self.grad_dim:
@@ -335,11 +344,12 @@ class DropoutProjector(AbstractProjector):
             raise TypeError(
                 f"grads must be a mapping of tensors or a tensor, got {type(grads).__name__}"
             )
+        named: Mapping[str, Any] = grads.factored if isinstance(grads, FactoredGradients) else grads
         if self.layout is not None:
-            self._check_names(grads, self.layout)
-            blocks = [(name, grads[name]) for name in self.layout.names]
+            self._check_names(named, self.layout)
+            blocks = [(name, named[name]) for name in self.layout.names]
         else:
-            blocks = list(grads.items())
+            blocks = list(named.items())
         lengths = {block.shape[:1] for _, block in blocks}
         if len(lengths) > 1 or torch.Size() in lengths:
             raise ValueError(
@@ -375,7 +385,7 @@ class DropoutProjector(AbstractProjector):
                 )
 
     def _plan_for(
-        self, model_id: int, names: tuple[str, ...], blocks: list[tuple[str, Tensor]]
+        self, model_id: int, names: tuple[str, ...], blocks: list[tuple[str, _Block]]
     ) -> _Plan:
         shapes = tuple(block.shape[1:] for _, block in blocks)
         device = blocks[0][1].device
@@ -436,9 +446,20 @@ class _Kept:
         self.columns = torch.as_tensor(mask.columns[place], device=device)
         self.weights = torch.as_tensor(mask.weights[place]).to(device, dtype)
         self.place = None if mask.folded else place
+        self.coordinates: Coordinates | None = None
 
-    def add_to(self, out: Tensor, block: Tensor) -> None:
+    def add_to(self, out: Tensor, block: _Block) -> None:
         """Add this parameter's share, unweighted where nothing folds, to ``out``, ``(B, k)``."""
+        if isinstance(block, FactoredGradient):
+            if self.coordinates is None:
+                self.coordinates = block.coordinates(self.flat)
+            for part, at, values in block.take(self.coordinates):
+                if self.place is not None:
+                    out[part, self.place][:, at] += values
+                else:
+                    weighted = values.to(out.dtype) * self.weights[at]
+                    out[part].index_add_(1, self.columns[at], weighted)
+            return
         if block.is_contiguous():
             flat = block.view(len(block), block.shape[1:].numel())
             taken = flat.gather(1, self.flat.expand(len(block), -1))

@@ -243,12 +243,13 @@ class UnequalSample:
                 float(w.rows @ (p[-1] - p[c]))
                 for w, p, c in zip(self._weights, self._prefix, certain, strict=True)
             )
-            scale = (self.n - taken) / open_weight if self.n > taken else 0.0
+            scale = (self.n - taken) / open_weight
             # More certain entries leave more length to the others: the counts only ever grow.
-            certain = [
+            grown = [
                 np.maximum(c, np.searchsorted(-f, -_CERTAIN / (scale * w.rows), side="right"))
-                if scale > 0
-                else c
                 for w, f, c in zip(self._weights, self._falling, certain, strict=True)
             ]
+            if sum(int(c.sum()) for c in grown) >= self.n:
+                break  # nothing would be left for the others, which may be small but not zero
+            certain = grown
         return scale, certain

@@ -86,12 +86,12 @@ class GradientStatistics:
         return cls(rows, columns, int(tensors["samples"]))
 
     @classmethod
-    def of(cls, batches: Iterable[Sequence[Tensor]]) -> GradientStatistics:
+    def of(cls, batches: Iterable[Sequence[Tensor | Iterable[Tensor]]]) -> GradientStatistics:
         """Take the statistics of gradients.
 
         Args:
             batches: batches of per-sample gradients, each a sequence with a tensor ``(B, *shape)``
-                for every parameter.
+                for every parameter, or several of them with some samples each.
 
         Returns:
             The statistics.
@@ -103,17 +103,20 @@ class GradientStatistics:
         columns: list[Tensor] = []
         samples = 0
         for blocks in batches:
+            seen = 0
             for i, block in enumerate(blocks):
-                height, width = as_matrix(block.shape[1:])
-                squares = block.detach().reshape(len(block), height, width).double().square()
-                across, down = squares.sum((0, 2)).cpu(), squares.sum((0, 1)).cpu()
-                if samples == 0 and i == len(rows):
-                    rows.append(across)
-                    columns.append(down)
-                else:
-                    rows[i] += across
-                    columns[i] += down
-            samples += len(blocks[0])
+                for j, piece in enumerate([block] if isinstance(block, Tensor) else block):
+                    height, width = as_matrix(piece.shape[1:])
+                    squares = piece.detach().reshape(len(piece), height, width).double().square()
+                    across, down = squares.sum((0, 2)).cpu(), squares.sum((0, 1)).cpu()
+                    if samples == 0 and i == len(rows) and j == 0:
+                        rows.append(across)
+                        columns.append(down)
+                    else:
+                        rows[i] += across
+                        columns[i] += down
+                    seen += len(piece) if i == 0 else 0
+            samples += seen
         totals = [float(r.sum()) for r in rows]
         if samples == 0 or not all(map(math.isfinite, totals)) or sum(totals) == 0:
             raise ValueError(

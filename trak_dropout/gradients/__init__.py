@@ -1,5 +1,30 @@
 """Gradient computers: TRAK's second socket."""
 
 from trak_dropout.gradients.dense import BatchError, DenseGradientComputer
+from trak_dropout.gradients.factored import FactoredGradientComputer
+from trak_dropout.gradients.factors import (
+    Factor,
+    FactoredGradient,
+    FactoredGradients,
+    Formed,
+    Lookups,
+    Outer,
+    Patches,
+)
+from trak_dropout.gradients.rules import rule
+from trak_dropout.gradients.taps import FactorError
 
-__all__ = ["BatchError", "DenseGradientComputer"]
+__all__ = [
+    "BatchError",
+    "DenseGradientComputer",
+    "Factor",
+    "FactorError",
+    "FactoredGradient",
+    "FactoredGradientComputer",
+    "FactoredGradients",
+    "Formed",
+    "Lookups",
+    "Outer",
+    "Patches",
+    "rule",
+]

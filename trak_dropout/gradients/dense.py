@@ -90,7 +90,7 @@ class DenseGradientComputer(FunctionalGradientComputer):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise _refused(self.modelout_fn, batch, error) from error
+            raise refused(self.modelout_fn, batch, error) from error
 
     def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
         """Compute the gradient of the loss with respect to the output, for each sample.
@@ -111,7 +111,7 @@ class DenseGradientComputer(FunctionalGradientComputer):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise _refused(self.modelout_fn, batch, error) from error
+            raise refused(self.modelout_fn, batch, error) from error
         if values.numel() != len(batch[0]):
             raise BatchError(
                 f"task: get_out_to_loss_grad of {type(self.modelout_fn).__name__} returned shape "
@@ -166,7 +166,8 @@ def _message(takes: list[str] | None, task: AbstractModelOutput, given: str) -> 
     )
 
 
-def _refused(task: AbstractModelOutput, batch: Sequence[Tensor], error: Exception) -> BatchError:
+def refused(task: AbstractModelOutput, batch: Sequence[Tensor], error: Exception) -> BatchError:
+    """Return the error to raise where a task failed on a batch."""
     return BatchError(
         f"batch: {type(task).__name__} failed on {_describe(batch)} with "
         f"{type(error).__name__}: {error}"

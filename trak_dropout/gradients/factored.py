@@ -1,0 +1,549 @@
+"""`FactoredGradientComputer`: per-sample gradients as factors, never formed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trak.modelout_functions import AbstractModelOutput
+
+from trak_dropout.gradients.dense import DenseGradientComputer, check_batch, refused
+from trak_dropout.gradients.factors import (
+    DEFAULT_BUDGET,
+    Factor,
+    FactoredGradient,
+    FactoredGradients,
+    Formed,
+)
+from trak_dropout.gradients.rules import rule_of
+from trak_dropout.gradients.taps import (
+    FactorError,
+    OutsideReads,
+    Physical,
+    Place,
+    Recorder,
+    Site,
+    place_of,
+    tapped,
+    to_front,
+)
+from trak_dropout.outputs import batch_output_of
+
+_LOG = logging.getLogger(__name__)
+# Relative to the largest entry of the parameter's gradient, by the least precise type involved.
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+_CHECKED = 32
+
+
+class FactoredGradientComputer(DenseGradientComputer):
+    """Per-sample gradients as factors: for less than a training step, and in no more memory.
+
+    Runs the model on the batch and back, without weight gradients, and keeps what each layer was
+    given and the gradient of what it returned. `DropoutProjector` computes the kept coordinates
+    from these; read by anything else, the result is the mapping of per-sample gradients.
+
+    Each parameter goes one of these ways, which `describe` tells:
+
+    - a rule (see `rule`) of the layer that it belongs to;
+    - in a batched run, a small layer without a rule is run again by itself, under ``vmap``;
+    - everything else, such as parameters outside of layers or weights that other modules read
+      directly, gets exact per-sample gradients, formed for just these parameters.
+
+    A task with a method ``get_batch_output(model, weights, buffers, *batch) -> (B,)``, such as
+    `LossOutput`, is run on whole batches, so that attention kernels and autocast work as in
+    training, and so are TRAK's image and text classification; any other task, and a model whose
+    samples do not stay apart that way, runs ``get_output`` under ``torch.func.vmap``.
+
+    Args:
+        model: the model. Batch normalization must be in evaluation mode.
+        task: the model output function.
+        grad_dim: number of gradient coordinates; kept for TRAK's interface.
+        dtype: TRAK's storage type; gradients keep the parameters' own.
+        device: kept for TRAK's interface; gradients lie where the parameters do.
+        grad_wrt: names of the parameters to take gradients of; all when None. Nothing is computed
+            for the others, and nothing flows back further than needed.
+        self_check: compare some coordinates of the first batch with autograd.
+        exact: names of parameters to be formed exactly whatever rules there are.
+        budget: bytes that taking coordinates may use for intermediate values at a time.
+
+    Raises:
+        TypeError: the task is one for TRAK's ``IterativeGradientComputer``.
+        ValueError: ``exact`` names a parameter that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: AbstractModelOutput,
+        grad_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        grad_wrt: Iterable[str] | None = None,
+        *,
+        self_check: bool = True,
+        exact: Iterable[str] = (),
+        budget: int = DEFAULT_BUDGET,
+    ) -> None:
+        super().__init__(model, task, grad_dim, dtype, device, grad_wrt)
+        unknown = sorted(set(exact) - dict(model.named_parameters()).keys())
+        if unknown:
+            raise ValueError(f"exact names {', '.join(unknown)}, which the model does not have")
+        self.self_check = self_check
+        self.budget = budget
+        self._asked = frozenset(exact)
+        self._plan: _Plan | None = None
+
+    def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> FactoredGradients:
+        """Compute the gradient of the task's output for each sample, as factors.
+
+        Args:
+            batch: tensors with one first dimension ``B``, as many as the task takes.
+
+        Returns:
+            Parameter name to gradients ``(B, *parameter.shape)``, in ``named_parameters()``
+            order, of the parameters' dtypes; formed only if read.
+
+        Raises:
+            BatchError: the task cannot take the batch.
+            FactorError: the model is in a state or does something for which factors do not give
+                its gradients, such as batch normalization in training mode, or they differ from
+                autograd's on the first batch.
+        """
+        samples = check_batch(self.modelout_fn, batch)
+        self._refuse_training_statistics()
+        batch = [part.detach() for part in batch]
+        try:
+            with torch.enable_grad(), _for_gradients(self.model):
+                if samples == 0:
+                    return self._gathered({}, 0)
+                if self._plan is not None:
+                    return self._run(self._plan, batch)[0]
+                self._plan, grads = self._settle(batch)
+                return grads
+        except (torch.OutOfMemoryError, FactorError):
+            raise
+        except Exception as error:
+            raise refused(self.modelout_fn, batch, error) from error
+
+    def describe(self) -> str:
+        """Tell which way each parameter goes and what it holds, as a table.
+
+        Returns:
+            A line for each parameter. Before the first batch it is what the layers' types suggest;
+            what else the model does with a parameter is found out then.
+        """
+        plan = self._plan or self._first_plan(batch_output_of(self.modelout_fn) is not None)
+        kinds: dict[str, list[str]] = {name: [] for name in self._wanted()}
+        for site in plan.sites:
+            again = " run again" if site.function is _run_again else ""
+            for name in site.parameters.values():
+                kinds[name].append(type(site.module).__name__ + again)
+        ways = {
+            name: f"rule of {found[0]}" if len(found) == 1 and "run again" not in found[0]
+            else f"rules of {', '.join(sorted(found))}" if len(found) > 1
+            else found[0] if found else "exact: formed for each sample"
+            for name, found in kinds.items()
+        }  # fmt: skip
+        lines = [f"{'parameter':40} {'shape':>18}  {'way':30} {'bytes per sample':>16}"]
+        for name, parameter in self._wanted().items():
+            held = plan.bytes.get(name)
+            if held is None and name in plan.exact:
+                held = parameter.numel() * parameter.element_size()
+            lines.append(
+                f"{name:40} {tuple(parameter.shape)!s:>18}  {ways[name]:30} "
+                f"{'' if held is None else f'{held:,.0f}':>16}"
+            )
+        run = (
+            "run as one forward on the whole batch" if plan.batched else "run one sample under vmap"
+        )
+        if plan.batched and plan.exact:
+            run += ", then each sample by itself for the exact ones"
+        lines.append(run + ("" if self._plan else " (before the first batch)"))
+        return "\n".join(lines)
+
+    def _wanted(self) -> dict[str, Tensor]:
+        """Parameters that gradients are taken of, in order."""
+        return {
+            name: weight
+            for name, weight in self.func_weights.items()
+            if self.grad_wrt is None or name in self.grad_wrt
+        }
+
+    def _refuse_training_statistics(self) -> None:
+        for name, module in self.model.named_modules():
+            statistics = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if statistics and (module.training or module.running_mean is None):
+                raise FactorError(
+                    f"{name or 'the model'} is a {type(module).__name__} that normalizes with the "
+                    "statistics of the batch, so no sample has a gradient of its own; call "
+                    "model.eval() (and do not set track_running_stats=False)"
+                )
+
+    # Which way each parameter goes
+
+    def _first_plan(self, batched: bool, exact: Iterable[str] = ()) -> _Plan:
+        """Choose ways by what the layers are."""
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        wanted = self._wanted().keys() - self._asked - set(exact)
+        sites: list[Site] = []
+        for path, module in self.model.named_modules(remove_duplicate=True):
+            own = {
+                local: names[id(weight)]
+                for local, weight in module.named_parameters(recurse=False, remove_duplicate=False)
+                if names.get(id(weight)) in wanted
+            }
+            known = rule_of(module)
+            if known is not None:
+                own = {local: name for local, name in own.items() if local in known.parameters}
+                function = known.function
+            else:
+                # A layer of its own that holds nothing else can be run again by itself.
+                alone = batched and not isinstance(module, nn.RNNBase)
+                own = own if alone and next(module.children(), None) is None else {}
+                function = _run_again
+            if own:
+                sites.append(Site(path, module, function, own))
+        # A parameter that one of its modules has no way for is formed as a whole.
+        covered = {name for site in sites for name in site.parameters.values()}
+        for module in self.model.modules():
+            for local, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+                by_site = any(s.module is module and local in s.parameters for s in sites)
+                if not by_site:
+                    covered.discard(names.get(id(weight), ""))
+        sites = [_restricted(site, covered) for site in sites]
+        formed = [name for name in self._wanted() if name not in covered]
+        return _Plan(batched, [site for site in sites if site.parameters], formed)
+
+    def _settle(self, batch: Sequence[Tensor]) -> tuple[_Plan, FactoredGradients]:
+        """Find out on a batch which ways hold, run it, and check it."""
+        failure: Exception | None = None
+        for batched in (True, False) if batch_output_of(self.modelout_fn) else (False,):
+            try:
+                plan, grads = self._find_ways(batch, batched)
+                if self.self_check:
+                    self._check(plan, batch, grads)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                failure = failure or error
+                continue
+            if failure is not None:
+                _LOG.warning("running the model on one sample at a time, because %s", failure)
+            return plan, grads
+        assert failure is not None
+        raise failure
+
+    def _find_ways(self, batch: Sequence[Tensor], batched: bool) -> tuple[_Plan, FactoredGradients]:
+        """Find out which way each parameter can go, and run the batch that way."""
+        exact: set[str] = set()
+        while True:
+            plan = self._first_plan(batched, exact)
+            if batched and plan.exact:
+                # Formed along the way where a sample can run under vmap; where it cannot, at the
+                # cost of a run of each sample by itself.
+                try:
+                    return self._find_ways(batch, False)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    _LOG.info("a sample does not run under vmap: %s", error)
+            if batched and (unbatched := self._find_batch(plan, batch)):
+                exact |= unbatched
+                continue
+            reads = OutsideReads(self._weights, plan.sites)
+            try:
+                with reads.watching():
+                    grads, plan.lowest = self._run(plan, batch)
+            except _CannotRunAgainError:
+                exact |= {
+                    name
+                    for site in plan.sites
+                    if site.function is _run_again
+                    for name in site.parameters.values()
+                }
+                continue
+            if reads.found:
+                exact |= reads.found
+                continue
+            held = grads.factored.items()
+            plan.bytes = {name: gradient.nbytes / len(gradient) for name, gradient in held}
+            return plan, grads
+
+    def _find_batch(self, plan: _Plan, batch: Sequence[Tensor]) -> set[str]:
+        """Find where each layer's tensors hold the batch, from runs of two and of three samples.
+
+        Returns:
+            Names of parameters of layers that work on no batch, and must not.
+        """
+        shapes = []
+        for count in (2, 3):
+            rows = torch.arange(count, device=batch[0].device) % len(batch[0])
+            calls: list[tuple[Site, list[torch.Size]]] = []
+
+            def handler(
+                site: Site, inputs: list[Tensor], output: Tensor, calls: Any = calls
+            ) -> Tensor:
+                calls.append((site, [value.shape for value in (output, *inputs)]))
+                return output.detach().requires_grad_().clone()
+
+            with tapped(plan.sites, handler):
+                self._batch_output([part[rows] for part in batch])
+            shapes.append(calls)
+        two, three = shapes
+        if [site for site, _ in two] != [site for site, _ in three]:
+            raise FactorError("the model calls other layers for other samples")
+        plan.places = [
+            (site, [place_of(a, b) for a, b in zip(first, second, strict=True)])
+            for (site, first), (_, second) in zip(two, three, strict=True)
+        ]
+        if all(places[0] is not None for _, places in plan.places):
+            return set()
+        try:  # a layer whose output has no batch dimension gets one, if the model takes it
+            self._run_batched(plan, [part[:2].expand(2, *part.shape[1:]) for part in batch])
+        except Exception:
+            return {
+                name
+                for site, places in plan.places
+                if places[0] is None
+                for name in site.parameters.values()
+            }
+        return set()
+
+    # Running the model
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Take up the model's parameters and buffers, which may be other tensors than before."""
+        super().load_model_params(model)
+        self._weights = {name: weight.detach() for name, weight in self.func_weights.items()}
+
+    def _output_of(self, held: dict[str, Any]) -> Callable[..., Tensor]:
+        """The task's output as a function of some weights and a sample."""
+        task, weights = self.modelout_fn, self._weights
+
+        def output(varied: dict[str, Tensor], *sample: Tensor) -> Tensor:
+            held["anchor"] = sample[0]
+            value: Tensor = task.get_output(
+                self.model, {**weights, **varied}, self.func_buffers, *sample
+            )
+            return value
+
+        return output
+
+    def _batch_output(self, batch: Sequence[Tensor]) -> Tensor:
+        output = batch_output_of(self.modelout_fn)
+        assert output is not None
+        values = output(self.model, self._weights, self.func_buffers, *batch)
+        if values.shape != batch[0].shape[:1]:
+            raise FactorError(
+                f"get_batch_output of {type(self.modelout_fn).__name__} returned shape "
+                f"{tuple(values.shape)} for {len(batch[0])} samples, expected one value for each"
+            )
+        return values
+
+    def _run(self, plan: _Plan, batch: Sequence[Tensor]) -> tuple[FactoredGradients, torch.dtype]:
+        """Run forward and back."""
+        recorder, exact = (self._run_batched if plan.batched else self._run_mapped)(plan, batch)
+        factors = recorder.factors
+        factors.update({name: [Formed(grad)] for name, grad in exact.items()})
+        return self._gathered(factors, len(batch[0])), recorder.lowest
+
+    def _run_mapped(self, plan: _Plan, batch: Sequence[Tensor]) -> tuple[Recorder, dict[str, Any]]:
+        """One sample's function under vmap; what is exact goes in once for each sample."""
+        recorder = Recorder(list(self._wanted()))
+        held: dict[str, Any] = {}
+
+        def handler(site: Site, inputs: list[Tensor], output: Tensor) -> Tensor:
+            def catch(inputs: list[Tensor], output: Tensor) -> Tensor:
+                return recorder.catch(site, inputs, output, lambda gradient: gradient)
+
+            return Physical.apply(catch, held["anchor"], output, *inputs)  # type: ignore[no-untyped-call]
+
+        weights = self._weights
+        exact = {
+            name: weights[name].expand(len(batch[0]), *weights[name].shape).requires_grad_()
+            for name in plan.exact
+        }
+        mapped = torch.func.vmap(self._output_of(held), randomness="different")
+        with tapped(plan.sites, handler):
+            output = mapped(exact, *batch)
+            if output.numel() != len(batch[0]):
+                raise FactorError(
+                    f"get_output of {type(self.modelout_fn).__name__} returned shape "
+                    f"{tuple(output.shape[1:])} for a sample, expected one value"
+                )
+            recorder.recording = False
+            grads = _backward(output, [*exact.values(), *recorder.leaves])
+        return recorder, dict(zip(exact, grads, strict=False))
+
+    def _run_batched(self, plan: _Plan, batch: Sequence[Tensor]) -> tuple[Recorder, dict[str, Any]]:
+        """The model's own forward on the batch; what is exact by one run for each sample."""
+        recorder = Recorder(list(self._wanted()))
+        samples, calls = len(batch[0]), iter(plan.places)
+
+        def handler(site: Site, inputs: list[Tensor], output: Tensor) -> Tensor:
+            if not recorder.recording:
+                return output if output.requires_grad else recorder.catch(site, [], output, None)
+            expected, places = next(calls, (None, []))
+            if expected is not site or len(places) != 1 + len(inputs):
+                raise FactorError(
+                    f"{site.name} is called at another point than for the first batch; layers that "
+                    "are used for some samples only need exact= for their parameters"
+                )
+            place = places[0]
+            if place is None:  # give it a batch dimension, so that each sample has its gradient
+                if output.ndim and output.shape[0] == 1:
+                    output, place = output.expand(samples, *output.shape[1:]), (0, 1)
+                else:
+                    output = output.unsqueeze(0).expand(samples, *output.shape)
+            given = [to_front(x, p, samples) for x, p in zip(inputs, places[1:], strict=True)]
+
+            def front(gradient: Tensor) -> Tensor:
+                return gradient if place is None else to_front(gradient, place, samples)
+
+            return recorder.catch(site, given, output, front)
+
+        with tapped(plan.sites, handler):
+            output = self._batch_output(batch)
+            recorder.recording = False
+            _backward(output, list(recorder.leaves))  # a checkpoint may add some meanwhile
+        if not plan.exact:
+            return recorder, {}
+        rows = [self._autograd([part[i] for part in batch], plan.exact) for i in range(samples)]
+        return recorder, {name: torch.stack([row[name] for row in rows]) for name in plan.exact}
+
+    def _autograd(self, sample: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Gradients of one sample by plain autograd."""
+        weights = dict(self._weights)
+        varied = {name: weights[name].detach().requires_grad_() for name in names}
+        with _for_gradients(self.model, names):
+            output = self.modelout_fn.get_output(
+                self.model, {**weights, **varied}, self.func_buffers, *sample
+            )
+            return dict(zip(names, _backward(output, list(varied.values())), strict=True))
+
+    def _gathered(self, factors: Mapping[str, list[Factor]], samples: int) -> FactoredGradients:
+        return FactoredGradients(
+            {
+                name: FactoredGradient(factors.get(name, []), samples, weight, self.budget)
+                for name, weight in self._wanted().items()
+            }
+        )
+
+    # The self-check
+
+    def _check(self, plan: _Plan, batch: Sequence[Tensor], grads: FactoredGradients) -> None:
+        """Compare coordinates of the first and the last sample with plain autograd."""
+        names = [name for name in self._wanted() if name not in plan.exact]
+        for i in sorted({0, len(batch[0]) - 1}):
+            expected = self._autograd([part[i] for part in batch], names)
+            expected = {name: grad for name, grad in expected.items() if grad.numel()}
+            largest = {name: float(grad.abs().max()) for name, grad in expected.items()}
+            overall = max(largest.values(), default=0.0)
+            for name, grad in expected.items():
+                tolerance = _TOLERANCE.get(_least([grad.dtype, plan.lowest]), 0.15)
+                flat = grad.flatten()
+                few = min(_CHECKED, len(flat))
+                spread = torch.arange(few, device=flat.device) * len(flat) // few
+                which = torch.unique(torch.cat([flat.abs().topk(few).indices, spread]))
+                found = torch.zeros(len(which), dtype=torch.float64, device=flat.device)
+                factored = grads.factored[name]
+                for part, at, values in factored.take(factored.coordinates(which)):
+                    if part.start <= i < part.stop:
+                        found[at] += values[i - part.start]
+                error = float((found - flat[which]).abs().max())
+                if not error <= tolerance * (largest[name] + 1e-3 * overall):
+                    raise FactorError(
+                        f"the gradient of {name} (sample {i} of the batch) differs from autograd's "
+                        f"by {error:.3g}, where its largest entry is {largest[name]:.3g}. Its "
+                        "layer is not what its rule takes it for, or the output of a sample "
+                        "depends on others, or the model is random in its present mode (call "
+                        f"model.eval()). exact=[{name!r}] forms this gradient without a rule"
+                    )
+
+
+class _Plan:
+    """Which way each parameter goes.
+
+    Args:
+        batched: whether the model runs on whole batches.
+        sites: the modules whose parameters' gradients are factors.
+        exact: names of all other parameters.
+    """
+
+    def __init__(self, batched: bool, sites: list[Site], exact: list[str]) -> None:
+        self.batched, self.sites, self.exact = batched, sites, exact
+        self.places: list[tuple[Site, list[Place]]] = []
+        self.bytes: dict[str, float] = {}
+        self.lowest = torch.float64
+
+
+class _CannotRunAgainError(FactorError):
+    """A layer that has no rule does not run by itself."""
+
+
+def _run_again(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> dict[str, Factor]:
+    """Exact per-sample gradients of one layer's own parameters, by running just it again."""
+    alone = copy.copy(module)
+    alone._forward_hooks, alone._forward_pre_hooks = OrderedDict(), OrderedDict()
+    weights = {name: weight.detach() for name, weight in module.named_parameters(recurse=False)}
+
+    def product(weights: dict[str, Tensor], sample: list[Tensor], gradient: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(alone, weights, tuple(sample))
+        return (output * gradient).sum()
+
+    with torch.enable_grad():
+        try:
+            grads = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0, 0))(
+                weights, list(inputs), gradient
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise _CannotRunAgainError(str(error)) from error
+    return {name: Formed(grad.detach()) for name, grad in grads.items()}
+
+
+def _restricted(site: Site, names: set[str]) -> Site:
+    own = {local: name for local, name in site.parameters.items() if name in names}
+    return Site(site.name, site.module, site.function, own)
+
+
+@contextmanager
+def _for_gradients(model: nn.Module, wanted: Iterable[str] = ()) -> Iterator[None]:
+    """Let just some of a model's own parameters require gradients, and leave it as it was."""
+    names = set(wanted)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    for name, parameter in model.named_parameters():
+        # Activation checkpoints run again with the model's own parameters.
+        parameter.requires_grad_(name in names)
+    # Where no weight requires a gradient, attention layers take a path that has none.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def _backward(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Gradients of the sum of outputs; zeros where one has no part in it."""
+    if not inputs or not output.requires_grad:
+        return [torch.zeros_like(value) for value in inputs]
+    grads = torch.autograd.grad(output.sum(), inputs, allow_unused=True)
+    return [
+        torch.zeros_like(value) if grad is None else grad
+        for value, grad in zip(inputs, grads, strict=True)
+    ]
+
+
+def _least(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The least precise of some types."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -1,0 +1,522 @@
+"""Per-sample gradients as the factors they are made of, and how single coordinates are taken.
+
+The gradient of a layer's weight is, for each sample, a sum of outer products of output gradients
+and inputs. Kept coordinates are computed from these two, so that neither a per-sample gradient nor
+a weight gradient ever exists.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trak_dropout.statistics import as_matrix
+
+DEFAULT_BUDGET = 32 * 2**20
+"""Bytes that taking coordinates may use for intermediate values at a time."""
+
+# What a way of taking coordinates costs, in multiply-adds of a matrix product: reading one product
+# of a gather, and writing one entry of a block (measured on CPU; on a GPU the order is the same).
+_GATHERED, _WRITTEN = 80, 40
+
+
+class Coordinates:
+    """Coordinates of one parameter, and what is known of their rows and columns.
+
+    Args:
+        flat: coordinates in the flattened parameter, int64 ``(c,)``, ascending.
+        rows: rows of the parameter, seen as a matrix of its first dimension by all others.
+        columns: its columns.
+    """
+
+    def __init__(self, flat: Tensor, rows: int, columns: int) -> None:
+        self.flat = flat
+        self.shape = rows, columns
+        self.rows = torch.div(flat, max(columns, 1), rounding_mode="floor")
+        self.columns = flat - self.rows * columns
+        self._pieces: dict[int, list[tuple[int, Coordinates]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.flat)
+
+    @cached_property
+    def distinct_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows that occur, ascending, and for each coordinate where its row stands there."""
+        return torch.unique(self.rows, return_inverse=True)
+
+    @cached_property
+    def distinct_columns(self) -> tuple[Tensor, Tensor]:
+        """Columns that occur, ascending, and for each coordinate where its column stands there."""
+        return torch.unique(self.columns, return_inverse=True)
+
+    @cached_property
+    def in_block(self) -> Tensor:
+        """Where each coordinate stands in the block of all rows and columns that occur."""
+        return self.distinct_rows[1] * len(self.distinct_columns[0]) + self.distinct_columns[1]
+
+    def split(self, most: int) -> list[tuple[int, Coordinates]]:
+        """Cut into pieces of at most so many coordinates, each with where it begins."""
+        if len(self) <= most:
+            return [(0, self)]
+        if most not in self._pieces:
+            parts = enumerate(torch.split(self.flat, most))
+            self._pieces[most] = [(i * most, Coordinates(p, *self.shape)) for i, p in parts]
+        return self._pieces[most]
+
+
+Taken = tuple[slice, slice, Tensor]
+_ALL = slice(None)
+
+
+class Factor(ABC):
+    """A contribution to the per-sample gradients of one parameter, ``(B, rows, columns)``."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    @abstractmethod
+    def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
+        """Compute coordinates of all samples, piece by piece.
+
+        Args:
+            at: which; at least one.
+            budget: bytes that a piece and what it is computed from may take.
+
+        Yields:
+            Samples, coordinates, and their values ``(b, c)``, float32 or float64.
+        """
+
+    @abstractmethod
+    def form(self, part: slice) -> Tensor:
+        """Form the gradients of some samples in full, ``(b, rows, columns)``."""
+
+
+class Formed(Factor):
+    """Gradients that exist: of vectors, and of what has no rule.
+
+    Args:
+        values: ``(B, *shape)``.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.values.nbytes
+
+    def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
+        """Compute coordinates of all samples."""
+        for part in _parts(len(self.values), 8 * len(at), budget):
+            values = self.values[part]
+            yield part, _ALL, _raised(values.reshape(len(values), -1).index_select(1, at.flat))
+
+    def form(self, part: slice) -> Tensor:
+        """Form the gradients of some samples."""
+        values = self.values[part]
+        return _raised(values.reshape(len(values), values.shape[1] if values.ndim > 1 else 1, -1))
+
+
+class Products(Factor):
+    """A sum of outer products over positions: each gives one value for each row and column.
+
+    Of three ways to the coordinates the cheapest is taken: to read both factors at each coordinate,
+    to multiply out the block of all rows and columns that occur, or to multiply out everything.
+    """
+
+    positions: int
+
+    @abstractmethod
+    def left(self, part: slice, rows: Tensor | None = None) -> Tensor:
+        """Values of rows (all when None), ``(b, positions, r)``."""
+
+    @abstractmethod
+    def right(self, part: slice, columns: Tensor | None = None) -> Tensor:
+        """Values of columns (all when None), ``(b, positions, c)``."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def gather(self, part: slice, at: Coordinates) -> Tensor:
+        """Coordinates of some samples, by reading both factors at each."""
+        left, right = self.left(part, at.rows), self.right(part, at.columns)
+        if self.positions == 1:
+            return (left * right)[:, 0]
+        return (left * right).sum(1)
+
+    def block(self, part: slice, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        """The product of some rows and columns, of some samples, ``(b, r, c)``."""
+        return self.left(part, rows).mT @ self.right(part, columns)
+
+    def form(self, part: slice) -> Tensor:
+        """Form the gradients of some samples in full."""
+        return self.block(part, None, None)
+
+    def costs(self, at: Coordinates) -> dict[str, tuple[float, float]]:
+        """Multiply-adds and values held of each way, for one sample."""
+        rows, columns = at.shape
+        found: dict[str, tuple[float, float]] = {
+            "gather": (_GATHERED * len(at) * self.positions, 2 * len(at) * self.positions),
+            "form": ((self.positions + _WRITTEN) * rows * columns, rows * columns),
+        }
+        if len(at) < rows * columns:
+            r, c = len(at.distinct_rows[0]), len(at.distinct_columns[0])
+            copied = _GATHERED * (r + c) * self.positions / 4
+            found["block"] = (
+                copied + (self.positions + _WRITTEN) * r * c,
+                r * c + (r + c) * self.positions,
+            )
+        return found
+
+    def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
+        """Compute coordinates of all samples in the cheapest way."""
+        costs = self.costs(at)
+        # A way that could not hold a single sample within the budget is not open.
+        ways = [way for way in costs if 8 * (costs[way][1] + len(at)) <= budget]
+        way = min(ways, key=lambda name: costs[name][0], default="gather")
+        parts = _parts(len(self), 8 * (costs[way][1] + len(at)), budget)
+        if way == "gather":
+            most = max(1, budget // (8 * (2 * self.positions + 1)))
+            for part in parts:
+                for begin, piece in at.split(most):
+                    yield part, slice(begin, begin + len(piece)), self.gather(part, piece)
+        elif way == "form":
+            for part in parts:
+                yield part, _ALL, self.form(part).flatten(1).index_select(1, at.flat)
+        else:
+            rows, columns = at.distinct_rows[0], at.distinct_columns[0]
+            for part in parts:
+                block = self.block(part, rows, columns).flatten(1)
+                yield part, _ALL, block.index_select(1, at.in_block)
+
+
+class Outer(Products):
+    """Outer products of two matrices for each sample.
+
+    Args:
+        left: values of the rows, such as output gradients, ``(B, T, rows)``.
+        right: values of the columns, such as inputs, ``(B, T, columns)``.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self._left, self._right = left, right
+        self.positions = left.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._left.nbytes + self._right.nbytes
+
+    def left(self, part: slice, rows: Tensor | None = None) -> Tensor:
+        """Values of rows."""
+        return _raised(_columns(self._left[part], rows))
+
+    def right(self, part: slice, columns: Tensor | None = None) -> Tensor:
+        """Values of columns."""
+        return _raised(_columns(self._right[part], columns))
+
+
+class Patches(Products):
+    """A convolution: products of output gradients and the windows of the input they come from.
+
+    Windows are never copied out as a whole: they are a view of the padded input.
+
+    Args:
+        left: output gradients ``(B, N, out_channels, *out)``.
+        padded: inputs with their padding ``(B, N, in_channels, *in)``.
+        kernel: size of a window.
+        stride: step from window to window.
+        dilation: step inside a window.
+        groups: of channels.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        padded: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> None:
+        self._left, self._input = left, padded
+        out = left.shape[3:]
+        self.positions = left.shape[1] * math.prod(out)
+        self._groups = groups
+        self._kernel = tuple(kernel)
+        strides = padded.stride()
+        space = strides[3:]
+        self._windows = padded.as_strided(
+            (*padded.shape[:3], *kernel, *out),
+            (
+                *strides[:3],
+                *(s * d for s, d in zip(space, dilation, strict=True)),
+                *(s * d for s, d in zip(space, stride, strict=True)),
+            ),
+        )
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._left.nbytes + self._input.nbytes
+
+    def left(self, part: slice, rows: Tensor | None = None) -> Tensor:
+        """Values of output channels."""
+        left = self._left[part]
+        left = left if rows is None else left.index_select(2, rows)
+        return _raised(left.transpose(1, 2).flatten(2)).mT
+
+    def right(self, part: slice, columns: Tensor | None = None) -> Tensor:
+        """Values at places of the window of a group's first channels."""
+        if columns is None:
+            windows = self._windows[part].movedim(1, 2 + len(self._kernel))
+            return _raised(windows.flatten(1, 1 + len(self._kernel)).flatten(2)).mT
+        return self._read(part, columns, 0)
+
+    def _read(self, part: slice, columns: Tensor, first: Tensor | int) -> Tensor:
+        """Values at places of the window, in groups that begin at channel ``first``."""
+        size = math.prod(self._kernel)
+        channels = torch.div(columns, size, rounding_mode="floor")
+        places = torch.unravel_index(columns - channels * size, self._kernel)
+        windows = self._windows[part].movedim(1, 2 + len(self._kernel))
+        at: tuple[Any, ...] = (slice(None), channels + first, *places)
+        return _raised(windows[at].flatten(2)).mT
+
+    def gather(self, part: slice, at: Coordinates) -> Tensor:
+        """Coordinates of some samples, by reading both factors at each."""
+        if self._groups == 1:
+            return super().gather(part, at)
+        width = self._left.shape[2] // self._groups
+        first = torch.div(at.rows, width, rounding_mode="floor") * self._in_group
+        return (self.left(part, at.rows) * self._read(part, at.columns, first)).sum(1)
+
+    @property
+    def _in_group(self) -> int:
+        return self._input.shape[2] // self._groups
+
+    def form(self, part: slice) -> Tensor:
+        """Form the gradients of some samples in full."""
+        if self._groups == 1:
+            return super().form(part)
+        left, right = self.left(part), self.right(part)
+        b, t = left.shape[:2]
+        split = [x.reshape(b, t, self._groups, -1).movedim(2, 1) for x in (left, right)]
+        return (split[0].mT @ split[1]).flatten(1, 2)
+
+    def costs(self, at: Coordinates) -> dict[str, tuple[float, float]]:
+        """Multiply-adds and values held of each way, for one sample."""
+        found = super().costs(at)
+        if self._groups > 1:  # rows see different columns: there is no common block
+            found.pop("block", None)
+        copied = self._in_group * self._groups * math.prod(self._kernel) * self.positions
+        work, held = found["form"]
+        found["form"] = (work + _GATHERED * copied / 4, held + copied)
+        return found
+
+
+class Lookups(Factor):
+    """Rows of a table that were looked up: each adds its output gradient to its row.
+
+    Args:
+        rows: which, int64 ``(B, T)``; negative ones add nothing.
+        values: output gradients ``(B, T, columns)``.
+        height: rows of the table.
+    """
+
+    def __init__(self, rows: Tensor, values: Tensor, height: int) -> None:
+        self._rows, self._values, self._height = rows, values, height
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._rows.nbytes + self._values.nbytes
+
+    def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
+        """Compute coordinates: pair each lookup with the coordinates that lie in its row."""
+        rows = self._rows.contiguous()
+        starts = torch.searchsorted(at.rows, rows)
+        counts = torch.searchsorted(at.rows, rows, right=True) - starts
+        most = int(counts.sum(1).max()) if counts.numel() else 0
+        for part in _parts(len(self), 8 * len(at) + 64 * most, budget):
+            values = _raised(self._values[part])
+            many = counts[part].flatten()
+            lookup = torch.repeat_interleave(many)
+            before = many.cumsum(0) - many
+            which = torch.arange(len(lookup), device=lookup.device) - before[lookup]
+            which += starts[part].flatten()[lookup]
+            found = values.reshape(-1)[lookup * values.shape[2] + at.columns[which]]
+            sample = torch.div(lookup, self._rows.shape[1], rounding_mode="floor")
+            out = torch.zeros(len(values) * len(at), dtype=found.dtype, device=found.device)
+            out.index_add_(0, sample * len(at) + which, found)
+            yield part, _ALL, out.view(len(values), len(at))
+
+    def form(self, part: slice) -> Tensor:
+        """Form the gradients of some samples in full."""
+        rows, values = self._rows[part], _raised(self._values[part])
+        values = values.masked_fill((rows < 0).unsqueeze(-1), 0)
+        out = values.new_zeros(len(rows), self._height, values.shape[2])
+        return out.scatter_add_(1, rows.clamp_min(0).unsqueeze(-1).expand_as(values), values)
+
+
+class FactoredGradient:
+    """Per-sample gradients of one parameter: a sum of factors.
+
+    Args:
+        factors: the contributions; none where the parameter had no part in the output.
+        samples: number of samples, ``B``.
+        like: the parameter, for shape, dtype and device.
+        budget: bytes that taking coordinates may use at a time.
+    """
+
+    def __init__(
+        self, factors: Sequence[Factor], samples: int, like: Tensor, budget: int = DEFAULT_BUDGET
+    ) -> None:
+        self.factors = list(factors)
+        self.shape = torch.Size((samples, *like.shape))
+        self.dtype, self.device = like.dtype, like.device
+        self._budget = budget
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(factor.nbytes for factor in self.factors)
+
+    def coordinates(self, flat: Tensor) -> Coordinates:
+        """Return coordinates of this parameter, ``(c,)`` ascending, to be taken."""
+        return Coordinates(flat, *as_matrix(self.shape[1:]))
+
+    def take(self, at: Coordinates) -> Iterator[Taken]:
+        """Compute coordinates of all samples, piece by piece; what is yielded adds up.
+
+        Yields:
+            Samples, coordinates, and values ``(b, c)`` to add there, float32 or float64.
+        """
+        if len(at) and len(self):
+            for factor in self.factors:
+                yield from factor.take(at, self._budget)
+
+    def form(self, part: slice = slice(None)) -> Tensor:
+        """Form the gradients of some samples, ``(b, *shape)``, of the parameter's dtype."""
+        samples = len(range(len(self))[part])
+        if not self.factors or not samples:
+            return torch.zeros(samples, *self.shape[1:], dtype=self.dtype, device=self.device)
+        total = sum((factor.form(part) for factor in self.factors[1:]), self.factors[0].form(part))
+        return total.to(self.dtype).reshape(samples, *self.shape[1:])
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Form the gradients of all samples, a few at a time within the budget."""
+        step = max(1, self._budget // max(1, 4 * self.shape[1:].numel()))
+        for begin in range(0, len(self), step):
+            yield self.form(slice(begin, begin + step))
+
+
+class FactoredGradients(dict[str, Tensor]):
+    """Per-sample gradients of all parameters, as factors.
+
+    Reads like the dict from parameter name to per-sample gradient ``(B, *shape)`` that it stands
+    for (and is one to ``isinstance``, by which TRAK's projectors tell); what is read that way is
+    formed, and not kept. `DropoutProjector` reads `factored` instead.
+
+    Args:
+        factored: the gradients of each parameter, in ``named_parameters()`` order.
+    """
+
+    def __init__(self, factored: Mapping[str, FactoredGradient]) -> None:
+        super().__init__()
+        self.factored = dict(factored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.factored[name].form()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.factored)
+
+    def __len__(self) -> int:
+        return len(self.factored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.factored
+
+    def __bool__(self) -> bool:
+        return bool(self.factored)
+
+    def __repr__(self) -> str:
+        samples = next((len(gradient) for gradient in self.factored.values()), 0)
+        return (
+            f"FactoredGradients({len(self)} parameters, {samples} samples, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all factors."""
+        return sum(gradient.nbytes for gradient in self.factored.values())
+
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
+        """Names of the parameters."""
+        return KeysView(self)
+
+    def values(self) -> ValuesView[Tensor]:  # type: ignore[override]
+        """Gradients, formed one after another."""
+        return ValuesView(self)
+
+    def items(self) -> ItemsView[str, Tensor]:  # type: ignore[override]
+        """Names and gradients, formed one after another."""
+        return ItemsView(self)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Form a parameter's gradients; the default where it is not among them."""
+        return self[name] if name in self else default  # noqa: SIM401 (this is get)
+
+    def copy(self) -> dict[str, Tensor]:
+        """Form all gradients."""
+        return dict(self.items())
+
+    def _read_only(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("FactoredGradients is read-only; dict(gradients.items()) forms a copy")
+
+    __setitem__ = __delitem__ = __ior__ = _read_only
+    clear = pop = popitem = setdefault = update = _read_only
+    __hash__ = None
+    __eq__ = object.__eq__
+
+
+def _parts(samples: int, held: float, budget: int) -> list[slice]:
+    """Cut samples into parts that stay within a budget, at ``held`` bytes for each."""
+    step = max(1, int(budget // max(held, 1)))
+    return [slice(i, min(i + step, samples)) for i in range(0, samples, step)]
+
+
+def _columns(values: Tensor, which: Tensor | None) -> Tensor:
+    return values if which is None else values.index_select(2, which)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _raised(values: Tensor) -> Tensor:
+    """Sums run in float32 at least."""
+    return values.to(_at_least_float32(values.dtype))

@@ -1,0 +1,248 @@
+"""Hooks that catch what layers are given and the gradients of what they return.
+
+Two ways to run a model share them: one sample's function under ``torch.func.vmap``, and the model's
+own forward on a whole batch. In both, the batch is a plain leading dimension where the hooks look,
+gradients flow by ordinary autograd, and no weight requires a gradient, so that none is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from trak_dropout.gradients.factors import Factor
+from trak_dropout.gradients.rules import RuleFunction
+
+
+class FactorError(RuntimeError):
+    """Factors of a layer's gradient cannot be had, or are not what autograd says."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module whose parameters' gradients are made at its output.
+
+    Args:
+        name: the module's name in the model.
+        module: the module.
+        function: its rule.
+        parameters: for each of its own parameters that is wanted, its name in the model.
+    """
+
+    name: str
+    module: nn.Module
+    function: RuleFunction
+    parameters: Mapping[str, str]
+
+
+Handler = Callable[[Site, list[Tensor], Tensor], Tensor]
+
+
+@contextmanager
+def tapped(sites: Sequence[Site], handler: Handler) -> Iterator[None]:
+    """Call a handler at each call of the sites' modules.
+
+    Args:
+        sites: the modules.
+        handler: takes the site, the tensors that its module was given and the one it returned, and
+            returns what to go on with.
+    """
+
+    def hook_for(site: Site) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if not isinstance(output, Tensor):
+                raise FactorError(
+                    f"{site.name} returns a {type(output).__name__}, but its rule needs a tensor"
+                )
+            return handler(site, given, output)
+
+        # Before hooks of the user, which may change what the layer computed.
+        return site.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+
+    handles = [hook_for(site) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Recorder:
+    """Collects factors while a model runs forward and gradients flow back.
+
+    Args:
+        parameters: names of the parameters that factors are collected for.
+    """
+
+    def __init__(self, parameters: Sequence[str]) -> None:
+        self.factors: dict[str, list[Factor]] = {name: [] for name in parameters}
+        self.leaves: list[Tensor] = []
+        self.lowest = torch.float64
+        self.recording = True
+
+    def catch(self, site: Site, inputs: Sequence[Tensor], output: Tensor, front: Any) -> Tensor:
+        """Take note of a call.
+
+        Args:
+            site: whose.
+            inputs: what its module was given, ``(B, *sample)``.
+            output: what it returned.
+            front: brings the gradient of the output into the form ``(B, *sample)``.
+
+        Returns:
+            The output, which requires a gradient now.
+        """
+        if not torch.is_grad_enabled():  # nothing flows back through here
+            return output
+        if not output.requires_grad:
+            leaf = output.detach().requires_grad_()
+            self.leaves.append(leaf)
+            output = leaf.clone()  # a leaf could not be changed in place
+        elif output._base is not None:
+            output = output.clone()  # the hook of a view is lost when it is changed in place
+        if not self.recording:  # an activation checkpoint runs the layer again
+            return output
+        held = [value.detach() for value in inputs]
+        versions = [value._version for value in inputs]
+
+        def arrived(gradient: Tensor) -> None:
+            if [value._version for value in held] != versions:
+                raise FactorError(
+                    f"what {site.name} was given has been changed in place since, so the gradients "
+                    f"of {', '.join(site.parameters.values())} cannot be made from it; use an "
+                    "operation that is not in place there (such as inplace=False), or name these "
+                    "parameters in exact="
+                )
+            types = [value.dtype for value in (gradient, *held) if value.is_floating_point()]
+            self.lowest = max(self.lowest, *types, key=lambda dtype: torch.finfo(dtype).eps)
+            made = site.function(site.module, held, front(gradient))
+            for own, name in site.parameters.items():
+                self.factors[name].append(made[own])
+
+        output.register_hook(arrived)  # type: ignore[no-untyped-call]
+        return output
+
+
+class Physical(torch.autograd.Function):
+    """Hands the tensors behind one level of ``vmap`` to a function, batch dimension first."""
+
+    @staticmethod
+    def forward(handler: Any, anchor: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+        """Never runs: ``vmap`` calls the rule below."""
+        raise FactorError("a layer was called outside of the batch")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, handler: Any, anchor: Tensor, *tensors: Tensor) -> Any:
+        """Call the handler on output and inputs, all ``(B, *sample)``."""
+        output, *inputs = (
+            value.expand(info.batch_size, *value.shape)
+            if dim is None
+            else (value if dim == 0 else value.movedim(dim, 0))
+            for value, dim in zip(tensors, in_dims[2:], strict=True)
+        )
+        return handler(inputs, output), 0
+
+
+Place = tuple[int, int] | None
+"""Which dimension of a tensor holds the batch, and how many entries each sample has in it."""
+
+
+def place_of(two: torch.Size, three: torch.Size) -> Place:
+    """Find the batch in a tensor's shapes for two samples and for three; None if it has none.
+
+    Raises:
+        FactorError: shapes differ in some other way.
+    """
+    if len(two) == len(three):
+        differ = [i for i, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
+        if not differ:
+            return None
+        (dim, *others) = differ
+        if not others and two[dim] % 2 == 0 and 3 * two[dim] == 2 * three[dim]:
+            return dim, two[dim] // 2
+    raise FactorError(f"no batch dimension in shapes {tuple(two)} and {tuple(three)}")
+
+
+def to_front(value: Tensor, place: Place, samples: int) -> Tensor:
+    """Bring the batch to the front, ``(B, *sample)``, a sample keeping all its dimensions.
+
+    Raises:
+        FactorError: the tensor does not hold that many samples there.
+    """
+    if place is None:
+        return value.expand(samples, *value.shape)
+    dim, each = place
+    if value.ndim <= dim or value.shape[dim] != samples * each:
+        raise FactorError(
+            f"a layer's tensor of shape {tuple(value.shape)} was expected to hold {samples} "
+            f"samples in dimension {dim}, {each} entries each, as for an earlier batch"
+        )
+    return torch.unflatten(value, dim, (samples, each)).movedim(dim, 0)
+
+
+class OutsideReads(TorchFunctionMode):
+    """Finds parameters that are read by anything but the module they belong to.
+
+    Args:
+        weights: parameters by name, the tensors that the model runs with.
+        sites: the modules that may read them.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], sites: Sequence[Site]) -> None:
+        super().__init__()
+        self._names = {id(tensor): name for name, tensor in weights.items()}
+        self._owned = {name for site in sites for name in site.parameters.values()}
+        self._sites = sites
+        self._inside: list[Site] = []
+        self.found: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, and take note of parameters among its arguments."""
+        result = func(*args, **(kwargs or {}))
+        read = {
+            self._names[id(value)]
+            for value in tree_leaves((args, kwargs))
+            if isinstance(value, Tensor) and id(value) in self._names
+        } & self._owned
+        if self._inside:
+            read -= set(self._inside[-1].parameters.values())
+        if read and any(isinstance(value, Tensor) for value in tree_leaves(result)):
+            self.found |= read
+        return result
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Know which module runs, and watch."""
+        handles = []
+        for site in self._sites:
+
+            def enter(_: nn.Module, __: Any, site: Site = site) -> None:
+                self._inside.append(site)
+
+            def leave(_: nn.Module, __: Any, ___: Any) -> None:
+                self._inside.pop()
+
+            handles += [
+                site.module.register_forward_pre_hook(enter),
+                site.module.register_forward_hook(leave, prepend=True, always_call=True),
+            ]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
