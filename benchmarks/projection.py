@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _measure import interleaved, peak
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from trak.projectors import BasicProjector, CudaProjector
@@ -87,45 +86,9 @@ NAMES = (*FLOORS, *OURS, "TRAK BasicProjector", "TRAK CudaProjector", "dattri Ga
          "dattri SJLT", "dattri random mask")  # fmt: skip
 
 
-def timed(call: Callable[[], Any], device: str) -> float:
-    """Return the seconds that a call takes."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def memory(name: str, size: str, k: int, device: str) -> float | None:
-    """Return the megabytes that a call takes at its peak, measured in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_memory, (name, size, k, device))
-
-
-def _memory(name: str, size: str, k: int, device: str) -> float | None:
-    call = method(name, network(WIDTHS[size]), k, device)
-    if call is None:
-        return None
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    call()  # what a first call keeps, such as the mask, is no part of the peak
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: begin a new peak
-    result = call()
-    peak = _resident("VmHWM")
-    del result
-    return peak - before
-
-
-def _resident(field: str) -> float:
-    """Megabytes of memory that this process holds, or held at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
+def sized(name: str, size: str, k: int, device: str) -> Callable[[], Any] | None:
+    """Return a call that compresses a batch for a model of a size; None where it does not run."""
+    return method(name, network(WIDTHS[size]), k, device)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -163,21 +126,20 @@ def main() -> None:
                 if slow and (size != "1.9M" or k != 2048) and options.device == "cpu":
                     continue  # seconds to minutes for a batch
                 calls[name] = method(name, model, k, options.device)
-            seconds: dict[str, list[float]] = {name: [] for name, call in calls.items() if call}
-            for round_ in range(repeats + 2):
-                for name in seconds:
-                    if name in ("TRAK BasicProjector", "dattri Gaussian") and round_ not in (2, 3):
-                        continue
-                    seconds[name].append(timed(calls[name], options.device))
-            del calls
+            runnable = {name: call for name, call in calls.items() if call}
+            slow = dict.fromkeys(("TRAK BasicProjector", "dattri Gaussian"), 2)
+            seconds = interleaved(runnable, repeats, slow, options.device)
+            del calls, runnable
             for name, times in seconds.items():
                 rows.append(
                     {
                         "p": size,
                         "k": k,
                         "method": name,
-                        "seconds": statistics.median(times[2:] or times),
-                        "megabytes": memory(name, size, k, options.device),
+                        "seconds": statistics.median(times),
+                        "megabytes": peak(
+                            sized, name, size, k, options.device, device=options.device
+                        ),
                     }
                 )
     print(f"\n{'p':>5} {'k':>5}  {'method':28} {'ms':>10} {'of index_select':>16} {'MB':>8}")

@@ -239,6 +239,8 @@ def test_self_influence_takes_the_trakers_damping(tmp_path: Path) -> None:
     plain, _ = quickstart(
         model, states, tmp_path / "b", projector=DropoutProjector.from_model(model, 64)
     )
-    np.testing.assert_array_equal(self_influence(damped), self_influence(plain, damping=0.01))
+    ours, theirs = self_influence(damped), self_influence(plain, damping=0.01)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)  # rounding of two gradient computers
+    assert np.abs(self_influence(damped, damping=0.1) / theirs - 1).max() > 0.1
     with pytest.raises(TypeError, match="must be a store or a TRAKer"):
         self_influence(tmp_path)

@@ -447,6 +447,7 @@ class _Kept:
         self.weights = torch.as_tensor(mask.weights[place]).to(device, dtype)
         self.place = None if mask.folded else place
         self.coordinates: Coordinates | None = None
+        self.bags: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add_to(self, out: Tensor, block: _Block) -> None:
         """Add this parameter's share, unweighted where nothing folds, to ``out``, ``(B, k)``."""
@@ -454,11 +455,7 @@ class _Kept:
             if self.coordinates is None:
                 self.coordinates = block.coordinates(self.flat)
             for part, at, values in block.take(self.coordinates):
-                if self.place is not None:
-                    out[part, self.place][:, at] += values
-                else:
-                    weighted = values.to(out.dtype) * self.weights[at]
-                    out[part].index_add_(1, self.columns[at], weighted)
+                self._fold(out[part], at, values)
             return
         if block.is_contiguous():
             flat = block.view(len(block), block.shape[1:].numel())
@@ -472,6 +469,23 @@ class _Kept:
             out[:, self.place] = taken
         else:
             out.index_add_(1, self.columns, taken.to(out.dtype) * self.weights)
+
+    def _fold(self, out: Tensor, at: slice, values: Tensor) -> None:
+        """Add values ``(b, c)`` of some of the coordinates to their columns of ``out``."""
+        if self.place is not None:
+            out[:, self.place][:, at] += values
+        elif values.mT.is_contiguous() and values.shape[1] == len(self.flat):
+            if self.bags is None:  # for each column, which coordinates it sums
+                order = torch.argsort(self.columns, stable=True)
+                columns = torch.arange(out.shape[1], device=order.device)
+                starts = torch.searchsorted(self.columns[order], columns)
+                self.bags = order, starts, self.weights[order].to(values.dtype)
+            order, starts, weights = self.bags
+            out += nn.functional.embedding_bag(
+                order, values.mT, starts, mode="sum", per_sample_weights=weights
+            ).mT
+        else:
+            out.index_add_(1, self.columns[at], values.to(out.dtype) * self.weights[at])
 
 
 def layout_of(model: nn.Module, grad_wrt: Iterable[str] | None = None) -> Layout:
