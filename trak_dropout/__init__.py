@@ -13,6 +13,7 @@ from trak_dropout.gradients import (
 from trak_dropout.outputs import CausalLMOutput, LossOutput
 from trak_dropout.plugin import plugin
 from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
+from trak_dropout.ranking import top_influences
 from trak_dropout.scoring import DampedScoreComputer, GramError, self_influence
 from trak_dropout.store import (
     IncompleteStoreError,
@@ -44,4 +45,5 @@ __all__ = [
     "open_store",
     "plugin",
     "self_influence",
+    "top_influences",
 ]

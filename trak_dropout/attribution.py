@@ -159,22 +159,77 @@ class AttributionStore(Store):
             StoreMismatchError: the model's parameters are not those in the store.
             ValueError: no model or task is known.
         """
+        chosen = self.choose(model_ids)
+        scores: Tensor | float = 0.0
+        out_to_loss: Any = 0.0
+        for model_id, targets in self._featurized(loader, model, chosen, progress):
+            computer = DampedScoreComputer(torch.float32, targets.device, damping)
+            grads = torch.from_numpy(np.array(self.grads(model_id))).to(targets.device)
+            features = computer.get_x_xtx_inv(grads, computer.get_xtx(grads))
+            if isinstance(scores, float):
+                scores = torch.zeros(len(grads), len(targets))
+            computer.get_scores(features, targets, scores)
+            out_to_loss = out_to_loss + self.out_to_loss(model_id).astype(np.float32)
+        assert isinstance(scores, Tensor)
+        return (scores.numpy() / float(len(chosen))) * (out_to_loss / float(len(chosen)))
+
+    def add_targets(
+        self,
+        exp_name: str,
+        loader: Iterable[Any],
+        model: nn.Module | None = None,
+        *,
+        model_ids: Iterable[int] | None = None,
+        progress: bool = True,
+    ) -> int:
+        """Compute the targets' compressed gradients and keep them, for `top_influences`.
+
+        Files are TRAK's own, as ``TRAKer.start_scoring_checkpoint`` and ``score`` leave them.
+
+        Args:
+            exp_name: a name for these targets; those it stood for before are replaced.
+            loader: batches of targets, as for `attribute`.
+            model: as for `attribute`.
+            model_ids: the checkpoints; all complete ones when None.
+            progress: whether to show a progress bar.
+
+        Returns:
+            The number of targets.
+
+        Raises:
+            BatchError: the task cannot take the targets, or there are none.
+            IncompleteStoreError: a checkpoint has not been collected completely.
+            StoreMismatchError: the model's parameters are not those in the store.
+            ValueError: no model or task is known, ``exp_name`` is no plain name, or a gradient does
+                not fit the store's type.
+        """
+        if not exp_name or Path(exp_name).name != exp_name:
+            raise ValueError(f"exp_name must be a plain name, got {exp_name!r}")
+        count = 0
+        for model_id, targets in self._featurized(loader, model, self.choose(model_ids), progress):
+            self.write_targets(model_id, exp_name, targets.cpu().numpy())
+            count = len(targets)
+        return count
+
+    def _featurized(
+        self,
+        loader: Iterable[Any],
+        model: nn.Module | None,
+        chosen: Sequence[int],
+        progress: bool,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Compressed gradients of targets at each checkpoint, ``(n_targets, proj_dim)``."""
         model = self._model if model is None else model
         if model is None:
             raise ValueError("model is needed to compute the targets' gradients; none was given")
         task = resolve_task(self._resolved_task())
-        chosen = self.choose(model_ids)
         device = next(model.parameters()).device
         projector = self.projector(device)
         layout = projector.layout
         featurizer = Featurizer(model, task, projector, None if layout is None else layout.names)
-        computer = DampedScoreComputer(torch.float32, device, damping)
         targets = list(in_dataset_order(loader))
         if not targets:
             raise BatchError("loader: there are no targets in it")
-
-        scores: Tensor | float = 0.0
-        out_to_loss: Any = 0.0
         bar = tqdm(total=len(chosen) * len(targets), desc="Attributing", disable=not progress)
         with preserved(model), bar:
             model.eval()
@@ -190,14 +245,7 @@ class AttributionStore(Store):
                             f"targets, batch {i}: {error}", error.samples
                         ) from error
                     bar.update()
-                grads = torch.from_numpy(np.array(self.grads(model_id))).to(device)
-                features = computer.get_x_xtx_inv(grads, computer.get_xtx(grads))
-                if isinstance(scores, float):
-                    scores = torch.zeros(len(grads), sum(map(len, rows)))
-                computer.get_scores(features, torch.cat(rows), scores)
-                out_to_loss = out_to_loss + self.out_to_loss(model_id).astype(np.float32)
-        assert isinstance(scores, Tensor)
-        return (scores.numpy() / float(len(chosen))) * (out_to_loss / float(len(chosen)))
+                yield model_id, torch.cat(rows)
 
     def self_influence(
         self, model_ids: Iterable[int] | None = None, damping: float | str = "auto"

@@ -4,14 +4,16 @@ With ``X`` the compressed training gradients, ``(n, k)``, TRAK's features are
 ``X (X^T X + lambda I)^-1``, its score of training sample i for target t is their product with
 the target's compressed gradient times the out-to-loss gradient of i. The damping is relative to
 the mean eigenvalue: ``lambda = damping * trace(X^T X) / k``, so that it means the same for any
-scale of gradients and any ``k``.
+scale of gradients. ``damping="auto"`` is the mean squared norm of a compressed gradient,
+``lambda = trace(X^T X) / n``, which is ``damping = k / n``: projecting to more columns does not
+change what ``X X^T`` approximates, so neither should it change how that is damped (docs/damping).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,9 @@ from torch import Tensor
 from trak import TRAKer
 from trak.score_computers import AbstractScoreComputer
 
-from trak_dropout.store import FeatureFiles
+from trak_dropout.store import FeatureFiles, RowFile
 
-DEFAULT_DAMPING = 1.0
-_BLOCK_ROWS = 8192
+_BLOCK_ROWS = 4096
 
 
 class GramError(ValueError):
@@ -40,8 +41,8 @@ class DampedScoreComputer(AbstractScoreComputer):
     Args:
         dtype: TRAK's storage type; features are returned in float32 at least, and TRAK casts.
         device: where to compute.
-        damping: relative damping, non-negative. ``"auto"`` is `DEFAULT_DAMPING`, unless TRAKer
-            is given a ``lambda_reg``.
+        damping: relative damping, non-negative. ``"auto"`` is the mean squared norm of a
+            compressed gradient, unless TRAKer is given a ``lambda_reg``.
         logging_level: accepted for TRAK's interface.
         lambda_reg: TRAK's absolute regularisation, added to the diagonal of ``X^T X``.
 
@@ -68,11 +69,11 @@ class DampedScoreComputer(AbstractScoreComputer):
             )
         self.lambda_reg = float(lambda_reg)
 
-    def get_xtx(self, grads: Tensor) -> Tensor:
+    def get_xtx(self, grads: Tensor | RowFile) -> Tensor:
         """Compute the Gram matrix.
 
         Args:
-            grads: compressed gradients ``X``, ``(n, k)``.
+            grads: compressed gradients ``X``, ``(n, k)``; a file is read a few rows at a time.
 
         Returns:
             ``X^T X``, ``(k, k)``, or ``X X^T``, ``(n, n)``, where ``k > n``; float64.
@@ -81,20 +82,17 @@ class DampedScoreComputer(AbstractScoreComputer):
             GramError: a row is NaN or infinite, or every entry is zero.
         """
         n, k = grads.shape
-        gram = torch.zeros(min(n, k), min(n, k), dtype=torch.float64, device=self.device)
         if k > n:
-            for block in torch.split(grads, _BLOCK_ROWS, dim=1):
-                part = self._double(block)
-                gram += part @ part.T
+            whole = self._double(next(_blocks(grads, n))[1]) if n else torch.empty(0, k)
+            _refuse_non_finite(whole, 0)
+            gram = whole @ whole.T
         else:
-            for block in torch.split(grads, _BLOCK_ROWS):
+            gram = torch.zeros(k, k, dtype=torch.float64, device=self.device)
+            for start, block in _blocks(grads):
                 part = self._double(block)
-                gram += part.T @ part
-        trace = float(gram.trace())
-        if not math.isfinite(trace):
-            bad = torch.nonzero(~torch.isfinite(grads).all(dim=1)).flatten().tolist()
-            raise GramError(f"compressed gradients of samples {bad[:10]} are NaN or infinite")
-        if trace == 0:
+                _refuse_non_finite(part, start)
+                gram.addmm_(part.T, part)
+        if float(gram.trace()) == 0:
             raise GramError(
                 "every compressed gradient is zero; if the gradients are tiny, store them with "
                 "use_half_precision=False, and check that the checkpoint is not fully converged"
@@ -116,7 +114,7 @@ class DampedScoreComputer(AbstractScoreComputer):
             GramError: the Gram matrix is singular without damping.
         """
         n, k = grads.shape
-        factor = self._factor(xtx, k, n)
+        factor, _ = self._factor(xtx, k, n)
         if k > n:
             features = torch.cholesky_solve(self._double(grads), factor)
         else:
@@ -155,11 +153,48 @@ class DampedScoreComputer(AbstractScoreComputer):
             block = features[start : start + _BLOCK_ROWS].to(self.device, torch.float32)
             accumulator[start : start + _BLOCK_ROWS] += (block @ targets).to(accumulator.device)
 
-    def get_leverages(self, grads: Tensor) -> Tensor:
+    def solver(self, gram: Tensor, grads: Tensor | RowFile) -> Callable[[Tensor], Tensor]:
+        """Decompose once, to solve for targets a few at a time.
+
+        Args:
+            gram: what `get_xtx` returned for ``grads``.
+            grads: compressed training gradients ``X``, ``(n, k)``.
+
+        Returns:
+            A function of compressed target gradients ``T``, ``(m, k)``. Where ``k <= n`` it returns
+            ``T (X^T X + lambda I)^-1``, ``(m, k)``, whose product with a training row is the score;
+            else the scores themselves, ``T (X^T X + lambda I)^-1 X^T``, ``(m, n)``. Both float32.
+            It raises GramError where a target is NaN or infinite, or a result leaves float32.
+
+        Raises:
+            GramError: the Gram matrix is singular without damping.
+        """
+        n, k = grads.shape
+        factor, _ = self._factor(gram, k, n)
+        whole = self._double(next(_blocks(grads, n))[1]) if k > n else None
+
+        def solve(targets: Tensor) -> Tensor:
+            right = self._double(targets).T
+            if not bool(torch.isfinite(right).all()):
+                bad = torch.nonzero(~torch.isfinite(right).all(dim=0)).flatten().tolist()
+                raise GramError(f"compressed gradients of targets {bad[:10]} are NaN or infinite")
+            # In the dual form, X (X^T X + l)^-1 = (X X^T + l)^-1 X.
+            right = right if whole is None else whole @ right
+            result = torch.cholesky_solve(right, factor).T.to(torch.float32)
+            if not bool(torch.isfinite(result).all()):
+                raise GramError(
+                    "scores leave the range of float32: the compressed gradients are too small "
+                    f"(trace of the Gram matrix {float(gram.trace()):.1e}); scale the loss up"
+                )
+            return result
+
+        return solve
+
+    def get_leverages(self, grads: Tensor | RowFile) -> Tensor:
         """Compute ``x_i^T (X^T X + lambda I)^-1 x_i`` for each row.
 
         Args:
-            grads: compressed gradients ``X``, ``(n, k)``.
+            grads: compressed gradients ``X``, ``(n, k)``; a file is read a few rows at a time.
 
         Returns:
             float64 ``(n,)``.
@@ -169,7 +204,7 @@ class DampedScoreComputer(AbstractScoreComputer):
         """
         n, k = grads.shape
         gram = self.get_xtx(grads)
-        factor = self._factor(gram, k, n)
+        factor, _ = self._factor(gram, k, n)
         if k > n:  # x_i^T (X^T X + l)^-1 x_i = [(X X^T + l)^-1 X X^T]_ii
             return torch.cholesky_solve(gram, factor).diagonal().clone()
         return torch.cat(
@@ -177,18 +212,20 @@ class DampedScoreComputer(AbstractScoreComputer):
                 torch.linalg.solve_triangular(factor, self._double(block).T, upper=False)
                 .square()
                 .sum(0)
-                for block in torch.split(grads, _BLOCK_ROWS)
+                for _, block in _blocks(grads)
             ]
         )
 
     def _double(self, block: Tensor) -> Tensor:
         return block.to(self.device, torch.float64)
 
-    def _factor(self, gram: Tensor, k: int, n: int) -> Tensor:
-        """The Cholesky factor of the damped Gram matrix."""
-        damping = DEFAULT_DAMPING if self.damping == "auto" else float(self.damping)
-        mean = float(gram.trace()) / k
-        ridge = self.lambda_reg if self.lambda_reg else damping * mean
+    def _factor(self, gram: Tensor, k: int, n: int) -> tuple[Tensor, float]:
+        """The Cholesky factor of the damped Gram matrix, and what was added to its diagonal."""
+        trace = float(gram.trace())
+        if self.lambda_reg:
+            ridge = self.lambda_reg
+        else:
+            ridge = trace / n if self.damping == "auto" else float(self.damping) * trace / k
         damped = gram.clone()
         damped.diagonal().add_(ridge)
         factor, info = torch.linalg.cholesky_ex(damped)
@@ -202,7 +239,21 @@ class DampedScoreComputer(AbstractScoreComputer):
                 f"damping={self.damping!r}, lambda_reg={self.lambda_reg!r}: some columns are zero "
                 "for every sample or depend on others; use damping='auto' or a positive damping"
             )
-        return factor
+        return factor, ridge
+
+
+def _blocks(grads: Tensor | RowFile, rows: int = _BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
+    """Rows a few at a time, with the number of the first."""
+    for start in range(0, len(grads), rows):
+        stop = start + rows
+        yield start, grads[start:stop] if isinstance(grads, Tensor) else grads.rows(start, stop)
+
+
+def _refuse_non_finite(block: Tensor, start: int) -> None:
+    if not math.isfinite(float(block.sum())):
+        bad = (start + torch.nonzero(~torch.isfinite(block).all(dim=1)).flatten()).tolist()
+        if bad:
+            raise GramError(f"compressed gradients of samples {bad[:10]} are NaN or infinite")
 
 
 def check_damping(damping: float | str) -> float | str:
@@ -212,6 +263,31 @@ def check_damping(damping: float | str) -> float | str:
     if isinstance(damping, str | bool) or not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"damping must be 'auto' or a number not below 0, got {damping!r}")
     return float(damping)
+
+
+def files_and_computer(
+    store_or_traker: FeatureFiles | TRAKer, damping: float | str | None
+) -> tuple[FeatureFiles, DampedScoreComputer]:
+    """Return the files of a store or a TRAKer, and the score computer to use with them.
+
+    Args:
+        store_or_traker: a store, or a TRAKer.
+        damping: relative damping; when None, that of the TRAKer's `DampedScoreComputer`, else
+            ``"auto"``.
+
+    Raises:
+        TypeError: it is neither a store nor a TRAKer.
+    """
+    own = None
+    if isinstance(store_or_traker, FeatureFiles):
+        files = store_or_traker
+    elif isinstance(store_or_traker, TRAKer):
+        files, own = FeatureFiles(store_or_traker.save_dir), store_or_traker.score_computer
+    else:
+        raise TypeError(f"store_or_traker must be a store or a TRAKer, got {store_or_traker!r}")
+    if damping is None and isinstance(own, DampedScoreComputer):
+        return files, own
+    return files, DampedScoreComputer(damping="auto" if damping is None else damping)
 
 
 def self_influence(
@@ -239,20 +315,12 @@ def self_influence(
         IncompleteStoreError: a checkpoint is not completely featurized, or there is none.
         GramError: the Gram matrix is all zero, not finite, or singular without damping.
     """
-    files: FeatureFiles
-    if isinstance(store_or_traker, FeatureFiles):
-        files, computer = store_or_traker, None
-    elif isinstance(store_or_traker, TRAKer):
-        files, computer = FeatureFiles(store_or_traker.save_dir), store_or_traker.score_computer
-    else:
-        raise TypeError(f"store_or_traker must be a store or a TRAKer, got {store_or_traker!r}")
-    if damping is not None or not isinstance(computer, DampedScoreComputer):
-        computer = DampedScoreComputer(damping="auto" if damping is None else damping)
+    files, computer = files_and_computer(store_or_traker, damping)
     leverages: Any = 0.0
     out_to_loss: Any = 0.0
     chosen = files.choose(model_ids)
     for model_id in chosen:
-        grads = torch.from_numpy(np.array(files.grads(model_id)))
-        leverages = leverages + computer.get_leverages(grads).cpu().numpy()
+        found = computer.get_leverages(files.file(model_id, "grads"))
+        leverages = leverages + found.cpu().numpy()
         out_to_loss = out_to_loss + files.out_to_loss(model_id)[:, 0].astype(np.float64)
     return leverages / len(chosen) * (out_to_loss / len(chosen))

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from trak.savers import MmapSaver
 
-from trak_dropout._files import write_json
+from trak_dropout._files import replacing, write_json
 from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout.masks import Layout
 from trak_dropout.projector import DropoutProjector
@@ -266,20 +266,65 @@ class _GuardedMemmap(np.memmap):
     """A memory map that refuses what its type cannot hold: NaN, infinities, vanishing rows."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        given = np.atleast_2d(np.asarray(value))
-        with np.errstate(over="ignore", under="ignore"):
-            stored = given.astype(self.dtype, copy=False)
-        for rows, problem in (
-            (~np.isfinite(stored).all(axis=1), "NaN or infinite"),
-            (given.any(axis=1) & ~stored.any(axis=1), "too small, so all zero,"),
-        ):
-            if rows.any():
-                raise ValueError(
-                    f"rows {np.flatnonzero(rows)[:10].tolist()} of what is being written to "
-                    f"{Path(str(self.filename)).name} are {problem} as {self.dtype}"
-                    + ("; use use_half_precision=False" if self.dtype == np.float16 else "")
-                )
-        super().__setitem__(key, stored)
+        super().__setitem__(key, _storable(value, self.dtype, Path(str(self.filename)).name))
+
+
+def _storable(value: Any, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+    """Rows as a type, or ValueError where one cannot be held by it."""
+    given = np.atleast_2d(np.asarray(value))
+    with np.errstate(over="ignore", under="ignore"):
+        stored = given.astype(dtype, copy=False)
+    for rows, problem in (
+        (~np.isfinite(stored).all(axis=1), "NaN or infinite"),
+        (given.any(axis=1) & ~stored.any(axis=1), "too small, so all zero,"),
+    ):
+        if rows.any():
+            raise ValueError(
+                f"rows {np.flatnonzero(rows)[:10].tolist()} of what is being written to "
+                f"{name} are {problem} as {dtype}"
+                + ("; use use_half_precision=False" if dtype == np.float16 else "")
+            )
+    return stored
+
+
+class RowFile:
+    """A matrix in a file, read a few rows at a time, none of which stay in memory.
+
+    A memory map would be simpler, but every page that is read counts as memory of the process.
+
+    Args:
+        file: in NumPy's format.
+
+    Raises:
+        IncompleteStoreError: the file is missing, damaged, cut short, or no matrix.
+    """
+
+    def __init__(self, file: Path) -> None:
+        if not file.is_file():
+            raise IncompleteStoreError(f"{file} does not exist")
+        try:
+            mapped = np.load(file, mmap_mode="r")
+        except ValueError as error:
+            raise IncompleteStoreError(f"{file} is damaged or cut short: {error}") from error
+        if mapped.ndim != 2 or not mapped.flags.c_contiguous or mapped.dtype.kind != "f":
+            raise IncompleteStoreError(f"{file} holds no matrix of numbers, row after row")
+        self.file, self.dtype = file, mapped.dtype
+        self.shape: tuple[int, int] = mapped.shape
+        self._offset: int = mapped.offset
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read rows ``start`` to ``stop``, all when not given, as a tensor ``(b, columns)``."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        count, width = max(0, stop - start), self.shape[1]
+        with self.file.open("rb") as stream:
+            stream.seek(self._offset + start * width * self.dtype.itemsize)
+            values = np.fromfile(stream, self.dtype, count * width)
+        if len(values) != count * width:
+            raise IncompleteStoreError(f"{self.file} has become shorter while it was read")
+        return torch.from_numpy(values.reshape(count, width))
 
 
 class FeatureFiles:
@@ -341,6 +386,19 @@ class FeatureFiles:
     def out_to_loss(self, model_id: int) -> NDArray[np.floating[Any]]:
         """Out-to-loss gradients, ``(n_train, 1)``, memory-mapped read-only."""
         return self._open(model_id, "out_to_loss")
+
+    def file(self, model_id: int, name: str) -> RowFile:
+        """Open one of a checkpoint's matrices to read it in parts.
+
+        Args:
+            model_id: the checkpoint.
+            name: ``"grads"``, ``"features"``, ``"out_to_loss"``, or the name of an experiment with
+                ``"_grads"``.
+
+        Raises:
+            IncompleteStoreError: it is missing, damaged or cut short.
+        """
+        return RowFile(self.save_dir / str(model_id) / f"{name}.mmap")
 
     def _open(self, model_id: int, name: str) -> NDArray[np.floating[Any]]:
         file = self.save_dir / str(model_id) / f"{name}.mmap"
@@ -416,6 +474,30 @@ class Store(FeatureFiles):
     def describe(self, model_id: int) -> dict[str, Any]:
         """What the manifest says of a checkpoint, such as its epoch and global step."""
         return dict(self.manifest["model_ids"].get(str(model_id), {}))
+
+    def write_targets(self, model_id: int, exp_name: str, values: NDArray[Any]) -> None:
+        """Keep compressed gradients of targets as TRAK's savers do.
+
+        Args:
+            model_id: the checkpoint.
+            exp_name: the targets' experiment name.
+            values: ``(n_targets, proj_dim)``.
+
+        Raises:
+            ValueError: a row is NaN, infinite, or vanishes in the store's type.
+        """
+        path = self.save_dir / str(model_id) / f"{exp_name}_grads.mmap"
+        stored = _storable(values, np.dtype(self.settings.dtype), path.name)
+        with replacing(path) as file:
+            np.lib.format.write_array(file, stored, allow_pickle=False)
+        known = self.save_dir / "experiments.json"
+        experiments = json.loads(known.read_text()) if known.is_file() else {}
+        experiments[exp_name] = {
+            "num_targets": len(values),
+            "scores_path": str(self.save_dir / f"scores/{exp_name}.mmap"),
+            "scores_finalized": 0,
+        }
+        write_json(known, experiments)
 
     def weights(self, model_id: int) -> dict[str, Tensor]:
         """Return a checkpoint's weights.

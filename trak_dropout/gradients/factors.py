@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trak_dropout.statistics import as_matrix
 
@@ -240,11 +240,13 @@ class Outer(Products):
 class Patches(Products):
     """A convolution: products of output gradients and the windows of the input they come from.
 
-    Windows are never copied out as a whole: they are a view of the padded input.
+    Windows are never copied out as a whole: they are a view of the padded input, of a few samples.
 
     Args:
         left: output gradients ``(B, N, out_channels, *out)``.
-        padded: inputs with their padding ``(B, N, in_channels, *in)``.
+        inputs: ``(B, N, in_channels, *in)``.
+        padding: as ``torch.nn.functional.pad`` takes it.
+        mode: likewise.
         kernel: size of a window.
         stride: step from window to window.
         dilation: step inside a window.
@@ -254,27 +256,36 @@ class Patches(Products):
     def __init__(
         self,
         left: Tensor,
-        padded: Tensor,
+        inputs: Tensor,
+        padding: Sequence[int],
+        mode: str,
         kernel: Sequence[int],
         stride: Sequence[int],
         dilation: Sequence[int],
         groups: int,
     ) -> None:
-        self._left, self._input = left, padded
-        out = left.shape[3:]
-        self.positions = left.shape[1] * math.prod(out)
+        self._left, self._input = left, inputs
+        self._padding, self._mode = list(padding), mode
+        self.positions = left.shape[1] * math.prod(left.shape[3:])
         self._groups = groups
-        self._kernel = tuple(kernel)
-        strides = padded.stride()
-        space = strides[3:]
-        self._windows = padded.as_strided(
-            (*padded.shape[:3], *kernel, *out),
+        self._kernel, self._stride, self._dilation = tuple(kernel), tuple(stride), tuple(dilation)
+
+    def _windows(self, part: slice) -> Tensor:
+        """Windows ``(b, channels, *kernel, N, *out)`` of some samples."""
+        values = self._input[part]
+        if any(self._padding):
+            flat = nn.functional.pad(values.flatten(0, 1), self._padding, mode=self._mode)
+            values = flat.view(*values.shape[:2], *flat.shape[1:])
+        strides = values.stride()
+        windows = values.as_strided(
+            (*values.shape[:3], *self._kernel, *self._left.shape[3:]),
             (
                 *strides[:3],
-                *(s * d for s, d in zip(space, dilation, strict=True)),
-                *(s * d for s, d in zip(space, stride, strict=True)),
+                *(s * d for s, d in zip(strides[3:], self._dilation, strict=True)),
+                *(s * d for s, d in zip(strides[3:], self._stride, strict=True)),
             ),
         )
+        return windows.movedim(1, 2 + len(self._kernel))
 
     def __len__(self) -> int:
         return len(self._left)
@@ -293,7 +304,7 @@ class Patches(Products):
     def right(self, part: slice, columns: Tensor | None = None) -> Tensor:
         """Values at places of the window of a group's first channels."""
         if columns is None:
-            windows = self._windows[part].movedim(1, 2 + len(self._kernel))
+            windows = self._windows(part)
             return _raised(windows.flatten(1, 1 + len(self._kernel)).flatten(2)).mT
         return self._read(part, columns, 0)
 
@@ -302,9 +313,8 @@ class Patches(Products):
         size = math.prod(self._kernel)
         channels = torch.div(columns, size, rounding_mode="floor")
         places = torch.unravel_index(columns - channels * size, self._kernel)
-        windows = self._windows[part].movedim(1, 2 + len(self._kernel))
         at: tuple[Any, ...] = (slice(None), channels + first, *places)
-        return _raised(windows[at].flatten(2)).mT
+        return _raised(self._windows(part)[at].flatten(2)).mT
 
     def gather(self, part: slice, at: Coordinates) -> Tensor:
         """Coordinates of some samples, by reading both factors at each."""

@@ -116,14 +116,15 @@ def convolution(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -
     values = inputs[0]
     if values.ndim == axes + 2:  # the module was given a sample without its own batch dimension
         values, gradient = values.unsqueeze(1), gradient.unsqueeze(1)
-    flat = values.flatten(0, 1)
-    padding = _padding(module)
-    if any(padding):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        flat = nn.functional.pad(flat, padding, mode=mode)
-    padded = torch.unflatten(flat, 0, values.shape[:2])
     factor = Patches(
-        gradient, padded, module.kernel_size, module.stride, module.dilation, module.groups
+        gradient,
+        values,
+        _padding(module),
+        "constant" if module.padding_mode == "zeros" else module.padding_mode,
+        module.kernel_size,
+        module.stride,
+        module.dilation,
+        module.groups,
     )
     return {"weight": factor, "bias": Formed(gradient.transpose(1, 2).flatten(2).sum(2))}
 

@@ -123,7 +123,8 @@ class Recorder:
                 )
             types = [value.dtype for value in (gradient, *held) if value.is_floating_point()]
             self.lowest = max(self.lowest, *types, key=lambda dtype: torch.finfo(dtype).eps)
-            made = site.function(site.module, held, front(gradient))
+            made = site.function(site.module, list(held), front(gradient))
+            held.clear()  # this hook lives as long as the graph; what factors need they hold
             for own, name in site.parameters.items():
                 self.factors[name].append(made[own])
 

@@ -1,0 +1,232 @@
+"""Which damping predicts best, and which rule finds it without being told.
+
+On the settings of ``lds.py`` and two more that no rule was chosen on, scores of Gaussian
+projection and of every scheme are computed over a grid of dampings, and rules that see only
+compressed gradients are compared with the best of the grid (linear datamodeling score, LDS):
+
+- ``mean norm``: ``lambda`` is the mean squared norm of a compressed gradient, ``trace(X^T X) / n``;
+- ``mean eigenvalue``: ``lambda`` is ``trace(X^T X) / k``;
+- ``agreement``: the one of the grid at which the scores of different checkpoints agree best.
+
+    python benchmarks/damping.py            # half an hour on 2 cores; trained halves are kept
+    python benchmarks/damping.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lds
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from trak.modelout_functions import ImageClassificationModelOutput
+
+from trak_dropout import LossOutput
+from trak_dropout.metrics import linear_datamodeling_score
+
+GRID = [10.0**e for e in np.arange(-6, 2.01, 0.5)]
+METHODS = {
+    "Gaussian": None,
+    "dropout": ("dropout", 16),
+    "unit dropout": ("unit_dropout", 16),
+    "weighted dropout": ("weighted_dropout", 16),
+    "pure dropout": ("dropout", 1),
+    "pure weighted dropout": ("weighted_dropout", 1),
+}
+UNSEEN = ("digits, loss", "small cnn")
+
+
+def unseen(options: argparse.Namespace) -> Iterator[lds.Setting]:
+    """Two settings that no rule was chosen on."""
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    images = torch.tensor(pixels[order] / 16, dtype=torch.float32)
+    answers = torch.tensor(labels[order])
+    if "digits, loss" in options.settings:
+        yield lds.Setting(
+            "digits, loss",
+            lambda: nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 10)),
+            task=LossOutput(nn.functional.cross_entropy),
+            loss=nn.functional.cross_entropy,
+            train=(images[:1000], answers[:1000]),
+            targets=(images[1000:1100], answers[1000:1100]),
+            output=lambda model, batch: (
+                -nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+            ),
+            epochs=20,
+            rate=3e-3,
+        )
+    if "small cnn" in options.settings:
+        train = lds.fashion_mnist(options.fashion_mnist, "train")
+        test = lds.fashion_mnist(options.fashion_mnist, "t10k")
+        yield lds.Setting(
+            "small cnn",
+            lambda: nn.Sequential(
+                nn.Conv2d(1, 8, 5, 2),
+                nn.GELU(),
+                nn.Conv2d(8, 16, 5, 2),
+                nn.GELU(),
+                nn.Flatten(),
+                nn.Linear(256, 32),
+                nn.GELU(),
+                nn.Linear(32, 10),
+            ),
+            task=ImageClassificationModelOutput(),
+            loss=nn.functional.cross_entropy,
+            train=(train[0][-500:], train[1][-500:]),
+            targets=(test[0][-100:], test[1][-100:]),
+            output=lds.margin,
+            epochs=20,
+            rate=1e-3,
+        )
+
+
+class Spectrum:
+    """Scores of a checkpoint at any damping, from one decomposition.
+
+    Args:
+        x: compressed training gradients ``(n, k)``.
+        targets: those of the targets ``(m, k)``.
+    """
+
+    def __init__(self, x: Tensor, targets: Tensor) -> None:
+        x, targets = x.double(), targets.double()
+        self.n, self.k = x.shape
+        dual = self.k > self.n
+        gram = x @ x.T if dual else x.T @ x
+        self.trace = float(gram.trace())
+        self.values, vectors = torch.linalg.eigh(gram)
+        self.values.clamp_(min=0)
+        self.left = vectors if dual else x @ vectors
+        self.right = vectors.T @ (x @ targets.T if dual else targets.T)
+
+    def scores(self, ridge: float) -> Tensor:
+        """Scores ``(n, m)`` without out-to-loss gradients."""
+        return self.left @ (self.right / (self.values + ridge).unsqueeze(1))
+
+
+def agreement(scores: list[np.ndarray]) -> float:
+    """Mean correlation over targets between the scores of pairs of checkpoints."""
+    pairs = itertools.combinations(scores, 2)
+    found = [
+        np.mean([np.corrcoef(a[:, j], b[:, j])[0, 1] for j in range(a.shape[1])]) for a, b in pairs
+    ]
+    return float(np.mean(found)) if found else 0.0
+
+
+def study(setting: lds.Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """LDS over the grid, and at what the rules choose."""
+    masks, outputs = lds.halves(setting, options.halves, options.cache)
+    everything = torch.arange(len(setting.train[0]))
+    models = [lds.train(setting, everything, seed) for seed in range(options.checkpoints)]
+    p = sum(parameter.numel() for parameter in models[0].parameters())
+    lds.SCHEMES = {name: chosen for name, chosen in METHODS.items() if chosen}
+    rows = []
+    dims = [k for k in options.proj_dims if k <= p]
+    for method, k, checkpoints in lds.features(setting, models, dims, options.seed):
+        spectra = [Spectrum(x, targets) for x, targets, _ in checkpoints]
+        weight = sum(q.double() for _, _, q in checkpoints).numpy()
+
+        def score(ridges: list[float], spectra: Any = spectra, weight: Any = weight) -> float:
+            total = sum(s.scores(r) for s, r in zip(spectra, ridges, strict=True)).numpy()
+            return linear_datamodeling_score(total * weight, masks, outputs)
+
+        curve = [score([d * s.trace / s.k for s in spectra]) for d in GRID]
+        agreed = [agreement([s.scores(d * s.trace / s.k).numpy() for s in spectra]) for d in GRID]
+        best = max(curve)
+        rules = {
+            "mean norm": score([s.trace / s.n for s in spectra]),
+            "3 x mean norm": score([3 * s.trace / s.n for s in spectra]),
+            "mean norm / 3": score([s.trace / s.n / 3 for s in spectra]),
+            "mean eigenvalue": score([s.trace / s.k for s in spectra]),
+            "agreement": curve[int(np.argmax(agreed))],
+        }
+        n = spectra[0].n
+        row = {
+            "setting": setting.name, "method": method, "k": k, "n": n, "best": best,
+            "best_damping": GRID[int(np.argmax(curve))], "curve": curve, "agreement": agreed,
+            "rules": rules,
+        }  # fmt: skip
+        rows.append(row)
+        shares = "  ".join(f"{name} {value / best:.3f}" for name, value in rules.items())
+        print(
+            f"{setting.name:13} {method:22} k {k:5}: best {best:.3f} at damping "
+            f"{row['best_damping']:8.2g} (k/n {k / n:.2f}); of best: {shares}",
+            flush=True,
+        )
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Each rule's LDS as a share of the best of the grid."""
+    lines = [f"{'':20}{'mean':>8}{'least':>8}{'least, unseen':>16}"]
+    for rule in rows[0]["rules"]:
+        shares = {
+            seen: [r["rules"][rule] / r["best"] for r in rows if (r["setting"] in UNSEEN) != seen]
+            for seen in (True, False)
+        }
+        chosen = shares[True] or shares[False]
+        other = f"{min(shares[False]):16.3f}" if shares[False] else ""
+        lines.append(f"{rule:20}{statistics.mean(chosen):8.3f}{min(chosen):8.3f}{other}")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw LDS over lambda, in mean squared norms, for each setting and k."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    dims = sorted({row["k"] for row in rows})
+    figure = Figure(figsize=(2.6 * len(dims), 2.1 * len(settings)), layout="constrained")
+    panels = figure.subplots(len(settings), len(dims), squeeze=False, sharex=True)
+    for i, setting in enumerate(settings):
+        for j, k in enumerate(dims):
+            panel = panels[i, j]
+            for row in rows:
+                if (row["setting"], row["k"]) == (setting, k):
+                    ratio = row["n"] / row["k"]
+                    panel.plot([d * ratio for d in GRID], row["curve"], label=row["method"])
+            panel.axvline(1, color="gray", linewidth=0.8, linestyle=":")
+            panel.set(xscale="log", title=f"{setting}, k = {k}")
+            panel.spines[["top", "right"]].set_visible(False)
+    panels[0, -1].legend(fontsize=6)
+    figure.supxlabel("lambda over the mean squared norm of a compressed gradient")
+    figure.supylabel("LDS")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the digits, fewer of everything")
+    parser.add_argument("--settings", nargs="+", default=["mlp", "cnn", "lm", *UNSEEN])
+    parser.add_argument("--proj-dims", nargs="+", type=int, default=[256, 1024, 2048, 4096])
+    parser.add_argument("--halves", type=int, default=60)
+    parser.add_argument("--checkpoints", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the projections")
+    parser.add_argument("--cache", type=Path, default=lds.HERE / "cache")
+    parser.add_argument("--out", type=Path, default=lds.HERE / "results" / "damping.json")
+    parser.add_argument(
+        "--fashion-mnist", type=Path, default=Path("/usr/share/datasets/fashion-mnist")
+    )
+    options = parser.parse_args()
+    if options.quick:
+        options.settings, options.proj_dims, options.halves = ["digits, loss"], [256], 10
+    rows: list[dict[str, Any]] = []
+    for setting in itertools.chain(lds.settings(options), unseen(options)):
+        rows += study(setting, options)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"grid": GRID, "rows": rows}, indent=1) + "\n")
+        draw(rows, options.out.with_suffix(".png"))
+    print(f"\nLDS over the best of the grid\n{summary(rows)}\n\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
