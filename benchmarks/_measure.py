@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Call = Callable[[], Any]
 
@@ -59,6 +62,45 @@ def peak(make: Callable[..., Call | None], *arguments: Any, device: str = "cpu")
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (make, arguments, device))
+
+
+class Live(TorchDispatchMode):
+    """Follows the bytes of all tensors that exist, made while it is active.
+
+    What a process holds is more: allocators keep freed blocks that no new tensor fits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.total = self.peak = 0
+
+    def _gone(self, key: int) -> None:
+        self.total -= self._sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function and take note of new storages."""
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                key = storage._cdata
+                if key not in self._sizes:
+                    self._sizes[key] = storage.nbytes()
+                    self.total += storage.nbytes()
+                    weakref.finalize(storage, self._gone, key)
+        self.peak = max(self.peak, self.total)
+        return result
+
+
+def peak_of_tensors(make: Callable[..., Call | None], *arguments: Any) -> float:
+    """Return the megabytes of tensors that exist at most during a call, beyond those before it."""
+    call = make(*arguments)
+    assert call is not None
+    call()
+    with Live() as live:
+        call()
+    return live.peak / 2**20
 
 
 def _peak(make: Callable[..., Call | None], arguments: Any, device: str) -> float | None:

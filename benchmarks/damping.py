@@ -4,8 +4,11 @@ On the settings of ``lds.py`` and two more that no rule was chosen on, scores of
 projection and of every scheme are computed over a grid of dampings, and rules that see only
 compressed gradients are compared with the best of the grid (linear datamodeling score, LDS):
 
-- ``mean norm``: ``lambda`` is the mean squared norm of a compressed gradient, ``trace(X^T X) / n``;
-- ``mean eigenvalue``: ``lambda`` is ``trace(X^T X) / k``;
+- ``flatness``: ``lambda`` is ``6 mean(e)^2 / rms(e)`` over the n eigenvalues e of ``X X^T``, and
+  the same with 4 and 9 instead of 6;
+- ``mean norm``: ``mean(e)``, the mean squared norm of a compressed gradient, ``trace(X^T X) / n``,
+  and a third of it;
+- ``mean eigenvalue``: ``trace(X^T X) / k``;
 - ``agreement``: the one of the grid at which the scores of different checkpoints agree best.
 
     python benchmarks/damping.py            # half an hour on 2 cores; trained halves are kept
@@ -106,6 +109,9 @@ class Spectrum:
         self.trace = float(gram.trace())
         self.values, vectors = torch.linalg.eigh(gram)
         self.values.clamp_(min=0)
+        # Over all n eigenvalues of X X^T, of which n - k are zero where k < n.
+        self.mean = self.trace / self.n
+        self.rms = float((self.values.square().sum() / self.n).sqrt())
         self.left = vectors if dual else x @ vectors
         self.right = vectors.T @ (x @ targets.T if dual else targets.T)
 
@@ -144,9 +150,11 @@ def study(setting: lds.Setting, options: argparse.Namespace) -> list[dict[str, A
         agreed = [agreement([s.scores(d * s.trace / s.k).numpy() for s in spectra]) for d in GRID]
         best = max(curve)
         rules = {
-            "mean norm": score([s.trace / s.n for s in spectra]),
-            "3 x mean norm": score([3 * s.trace / s.n for s in spectra]),
-            "mean norm / 3": score([s.trace / s.n / 3 for s in spectra]),
+            **{
+                f"flatness, {c}": score([c * s.mean**2 / s.rms for s in spectra]) for c in (4, 6, 9)
+            },
+            "mean norm": score([s.mean for s in spectra]),
+            "mean norm / 3": score([s.mean / 3 for s in spectra]),
             "mean eigenvalue": score([s.trace / s.k for s in spectra]),
             "agreement": curve[int(np.argmax(agreed))],
         }
@@ -154,7 +162,7 @@ def study(setting: lds.Setting, options: argparse.Namespace) -> list[dict[str, A
         row = {
             "setting": setting.name, "method": method, "k": k, "n": n, "best": best,
             "best_damping": GRID[int(np.argmax(curve))], "curve": curve, "agreement": agreed,
-            "rules": rules,
+            "rules": rules, "flatness": [s.mean / s.rms for s in spectra],
         }  # fmt: skip
         rows.append(row)
         shares = "  ".join(f"{name} {value / best:.3f}" for name, value in rules.items())

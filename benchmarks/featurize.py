@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import Call, interleaved, peak
+from _measure import Call, interleaved, peak, peak_of_tensors
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from trak.gradient_computers import FunctionalGradientComputer
@@ -219,11 +219,16 @@ def measure(setting: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 "of_plain": statistics.median(times) / plain,
                 "per_second": count / statistics.median(times),
                 "megabytes": used,
+                "tensor_megabytes": peak_of_tensors(method, setting, name, options.device, dtype)
+                if name != THEIRS
+                else None,
             }
         )
-    base = next(row["megabytes"] for row in rows if row["method"] == PLAIN)
+    base = next(row for row in rows if row["method"] == PLAIN)
     for row in rows:
-        row["memory_of_plain"] = row["megabytes"] / base
+        row["memory_of_plain"] = row["megabytes"] / base["megabytes"]
+        if row["tensor_megabytes"] is not None:
+            row["tensors_of_plain"] = row["tensor_megabytes"] / base["tensor_megabytes"]
     return rows
 
 
@@ -233,11 +238,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     for setting in dict.fromkeys(row["setting"] for row in rows):
         unit = SETTINGS[setting].unit
         lines.append(
-            f"\n{setting:38} {'ms':>10} {'of plain':>9} {'MB':>8} {'of plain':>9}  {unit} a second"
+            f"\n{setting:38} {'ms':>10} {'of plain':>9} {'MB':>8} {'of plain':>9} "
+            f"{'tensors of plain':>17}  {unit} a second"
         )
         lines += [
             f"{row['method']:38} {1e3 * row['seconds']:10.1f} {row['of_plain']:9.2f} "
-            f"{row['megabytes']:8.0f} {row['memory_of_plain']:9.2f}  {row['per_second']:.0f}"
+            f"{row['megabytes']:8.0f} {row['memory_of_plain']:9.2f} "
+            f"{row.get('tensors_of_plain', float('nan')):17.2f}  {row['per_second']:.0f}"
             for row in rows
             if row["setting"] == setting
         ]

@@ -23,12 +23,15 @@ from trak_dropout.store import FeatureFiles
 
 
 def dense_features(x: Tensor, damping: float | None = None, ridge: float = 0.0) -> Tensor:
-    """By explicit inverses; the automatic damping is the mean squared norm of a row."""
+    """By explicit inverses."""
     x = x.double()
     gram = x.T @ x
-    relative = x.shape[1] / len(x) if damping is None else damping
-    lam = ridge or relative * gram.trace() / x.shape[1]
-    return x @ torch.linalg.inv(gram + lam * torch.eye(x.shape[1], dtype=torch.float64))
+    if damping is not None:
+        ridge = damping * gram.trace() / x.shape[1]
+    elif not ridge:
+        eigenvalues = torch.linalg.eigvalsh(x @ x.T)
+        ridge = 6 * eigenvalues.mean() ** 2 / eigenvalues.square().mean().sqrt()
+    return x @ torch.linalg.inv(gram + ridge * torch.eye(x.shape[1], dtype=torch.float64))
 
 
 @settings(deadline=None, max_examples=80)

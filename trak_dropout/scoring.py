@@ -4,9 +4,7 @@ With ``X`` the compressed training gradients, ``(n, k)``, TRAK's features are
 ``X (X^T X + lambda I)^-1``, its score of training sample i for target t is their product with
 the target's compressed gradient times the out-to-loss gradient of i. The damping is relative to
 the mean eigenvalue: ``lambda = damping * trace(X^T X) / k``, so that it means the same for any
-scale of gradients. ``damping="auto"`` is the mean squared norm of a compressed gradient,
-``lambda = trace(X^T X) / n``, which is ``damping = k / n``: projecting to more columns does not
-change what ``X X^T`` approximates, so neither should it change how that is damped (docs/damping).
+scale of gradients. ``damping="auto"`` is a rule of ours, see `automatic_ridge`.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from trak.score_computers import AbstractScoreComputer
 from trak_dropout.store import FeatureFiles, RowFile
 
 _BLOCK_ROWS = 4096
+_FLATNESS = 6.0
 
 
 class GramError(ValueError):
@@ -41,8 +40,8 @@ class DampedScoreComputer(AbstractScoreComputer):
     Args:
         dtype: TRAK's storage type; features are returned in float32 at least, and TRAK casts.
         device: where to compute.
-        damping: relative damping, non-negative. ``"auto"`` is the mean squared norm of a
-            compressed gradient, unless TRAKer is given a ``lambda_reg``.
+        damping: relative damping, non-negative. ``"auto"`` follows the spectrum
+            (`automatic_ridge`), unless TRAKer is given a ``lambda_reg``.
         logging_level: accepted for TRAK's interface.
         lambda_reg: TRAK's absolute regularisation, added to the diagonal of ``X^T X``.
 
@@ -225,7 +224,11 @@ class DampedScoreComputer(AbstractScoreComputer):
         if self.lambda_reg:
             ridge = self.lambda_reg
         else:
-            ridge = trace / n if self.damping == "auto" else float(self.damping) * trace / k
+            ridge = (
+                automatic_ridge(gram, n)
+                if self.damping == "auto"
+                else float(self.damping) * trace / k
+            )
         damped = gram.clone()
         damped.diagonal().add_(ridge)
         factor, info = torch.linalg.cholesky_ex(damped)
@@ -254,6 +257,28 @@ def _refuse_non_finite(block: Tensor, start: int) -> None:
         bad = (start + torch.nonzero(~torch.isfinite(block).all(dim=1)).flatten()).tolist()
         if bad:
             raise GramError(f"compressed gradients of samples {bad[:10]} are NaN or infinite")
+
+
+def automatic_ridge(gram: Tensor, n: int) -> float:
+    """Compute the absolute damping that ``"auto"`` stands for, ``6 mean(e)^2 / rms(e)``.
+
+    ``e`` are the ``n`` eigenvalues of ``X X^T``, whose mean is the mean squared norm of a
+    compressed gradient. More columns do not change what ``X X^T`` approximates, so the rule, unlike
+    one relative to ``trace(X^T X) / k``, does not depend on ``k``. Where few directions hold most
+    of the gradients the mean is far below the root-mean-square, and the damping goes down with it.
+    Found by a study of linear datamodeling scores (benchmarks/damping.py, docs/damping); needs no
+    ground truth.
+
+    Args:
+        gram: ``X^T X`` or ``X X^T``.
+        n: number of samples.
+
+    Returns:
+        What to add to the diagonal.
+    """
+    mean = float(gram.trace()) / n
+    root_mean_square = float(torch.linalg.matrix_norm(gram)) / math.sqrt(n)
+    return _FLATNESS * mean * (mean / root_mean_square)
 
 
 def check_damping(damping: float | str) -> float | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from trak_dropout.gradients.factors import (
 from trak_dropout.gradients.rules import rule_of
 from trak_dropout.gradients.taps import (
     FactorError,
+    NoWayError,
     OutsideReads,
     Physical,
     Place,
@@ -68,8 +70,11 @@ class FactoredGradientComputer(DenseGradientComputer):
         device: kept for TRAK's interface; gradients lie where the parameters do.
         grad_wrt: names of the parameters to take gradients of; all when None. Nothing is computed
             for the others, and nothing flows back further than needed.
-        self_check: compare some coordinates of the first batch with autograd.
+        self_check: compare some coordinates with autograd, and see that the samples of a batch stay
+            apart: on the first batch, on the first with samples of another shape or with other
+            weights, and on every batch whose number is a power of two.
         exact: names of parameters to be formed exactly whatever rules there are.
+        batched: whether to run whole batches where the task allows it.
         budget: bytes that taking coordinates may use for intermediate values at a time.
 
     Raises:
@@ -88,6 +93,7 @@ class FactoredGradientComputer(DenseGradientComputer):
         *,
         self_check: bool = True,
         exact: Iterable[str] = (),
+        batched: bool = True,
         budget: int = DEFAULT_BUDGET,
     ) -> None:
         super().__init__(model, task, grad_dim, dtype, device, grad_wrt)
@@ -96,8 +102,10 @@ class FactoredGradientComputer(DenseGradientComputer):
             raise ValueError(f"exact names {', '.join(unknown)}, which the model does not have")
         self.self_check = self_check
         self.budget = budget
+        self.batched = batched
         self._asked = frozenset(exact)
         self._plan: _Plan | None = None
+        self._plans: dict[Any, _Plan] = {}
 
     def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> FactoredGradients:
         """Compute the gradient of the task's output for each sample, as factors.
@@ -113,7 +121,7 @@ class FactoredGradientComputer(DenseGradientComputer):
             BatchError: the task cannot take the batch.
             FactorError: the model is in a state or does something for which factors do not give
                 its gradients, such as batch normalization in training mode, or they differ from
-                autograd's on the first batch.
+                autograd's.
         """
         samples = check_batch(self.modelout_fn, batch)
         self._refuse_training_statistics()
@@ -122,9 +130,19 @@ class FactoredGradientComputer(DenseGradientComputer):
             with torch.enable_grad(), _for_gradients(self.model):
                 if samples == 0:
                     return self._gathered({}, 0)
-                if self._plan is not None:
-                    return self._run(self._plan, batch)[0]
-                self._plan, grads = self._settle(batch)
+                # A model may use its layers otherwise for samples of another shape, and a single
+                # sample does not tell where its batch dimension is.
+                key = (samples > 1, *((part.shape[1:], part.dtype) for part in batch))
+                known = self._plans.get(key)
+                if known is None or (self.self_check and not known.checked):
+                    self._plan, grads = self._settle(batch)
+                    self._plans[key] = self._plan
+                    return grads
+                self._plan = known
+                grads = self._run(known, batch)[0]
+                known.runs += 1
+                if self.self_check and known.batched and known.runs & (known.runs - 1) == 0:
+                    self._check_apart(known, batch, grads)
                 return grads
         except (torch.OutOfMemoryError, FactorError):
             raise
@@ -138,7 +156,7 @@ class FactoredGradientComputer(DenseGradientComputer):
             A line for each parameter. Before the first batch it is what the layers' types suggest;
             what else the model does with a parameter is found out then.
         """
-        plan = self._plan or self._first_plan(batch_output_of(self.modelout_fn) is not None)
+        plan = self._plan or self._first_plan(self._can_batch())
         kinds: dict[str, list[str]] = {name: [] for name in self._wanted()}
         for site in plan.sites:
             again = " run again" if site.function is _run_again else ""
@@ -208,7 +226,7 @@ class FactoredGradientComputer(DenseGradientComputer):
                 own = own if alone and next(module.children(), None) is None else {}
                 function = _run_again
             if own:
-                sites.append(Site(path, module, function, own))
+                sites.append(Site(path, module, function, own, function is _run_again))
         # A parameter that one of its modules has no way for is formed as a whole.
         covered = {name for site in sites for name in site.parameters.values()}
         for module in self.model.modules():
@@ -220,10 +238,13 @@ class FactoredGradientComputer(DenseGradientComputer):
         formed = [name for name in self._wanted() if name not in covered]
         return _Plan(batched, [site for site in sites if site.parameters], formed)
 
+    def _can_batch(self) -> bool:
+        return self.batched and batch_output_of(self.modelout_fn) is not None
+
     def _settle(self, batch: Sequence[Tensor]) -> tuple[_Plan, FactoredGradients]:
         """Find out on a batch which ways hold, run it, and check it."""
         failure: Exception | None = None
-        for batched in (True, False) if batch_output_of(self.modelout_fn) else (False,):
+        for batched in (True, False) if self._can_batch() else (False,):
             try:
                 plan, grads = self._find_ways(batch, batched)
                 if self.self_check:
@@ -253,20 +274,15 @@ class FactoredGradientComputer(DenseGradientComputer):
                     raise
                 except Exception as error:
                     _LOG.info("a sample does not run under vmap: %s", error)
-            if batched and (unbatched := self._find_batch(plan, batch)):
-                exact |= unbatched
-                continue
             reads = OutsideReads(self._weights, plan.sites)
             try:
+                if batched and (unbatched := self._find_batch(plan, batch)):
+                    exact |= unbatched
+                    continue
                 with reads.watching():
                     grads, plan.lowest = self._run(plan, batch)
-            except _CannotRunAgainError:
-                exact |= {
-                    name
-                    for site in plan.sites
-                    if site.function is _run_again
-                    for name in site.parameters.values()
-                }
+            except NoWayError as error:
+                exact |= error.parameters
                 continue
             if reads.found:
                 exact |= reads.found
@@ -302,6 +318,7 @@ class FactoredGradientComputer(DenseGradientComputer):
             (site, [place_of(a, b) for a, b in zip(first, second, strict=True)])
             for (site, first), (_, second) in zip(two, three, strict=True)
         ]
+        plan.leads = [bool(first[0]) and first[0][0] == 1 for _, first in two]
         if all(places[0] is not None for _, places in plan.places):
             return set()
         try:  # a layer whose output has no batch dimension gets one, if the model takes it
@@ -319,7 +336,12 @@ class FactoredGradientComputer(DenseGradientComputer):
 
     def load_model_params(self, model: nn.Module) -> None:
         """Take up the model's parameters and buffers, which may be other tensors than before."""
+        if model is not self.model:
+            self.model: nn.Module = model
+            self._plans, self._plan = {}, None
         super().load_model_params(model)
+        for plan in getattr(self, "_plans", {}).values():
+            plan.checked = False
         self._weights = {name: weight.detach() for name, weight in self.func_weights.items()}
 
     def _output_of(self, held: dict[str, Any]) -> Callable[..., Tensor]:
@@ -381,15 +403,21 @@ class FactoredGradientComputer(DenseGradientComputer):
             grads = _backward(output, [*exact.values(), *recorder.leaves])
         return recorder, dict(zip(exact, grads, strict=False))
 
-    def _run_batched(self, plan: _Plan, batch: Sequence[Tensor]) -> tuple[Recorder, dict[str, Any]]:
-        """The model's own forward on the batch; what is exact by one run for each sample."""
+    def _run_batched(
+        self, plan: _Plan, batch: Sequence[Tensor], weights: Tensor | None = None
+    ) -> tuple[Recorder, dict[str, Any]]:
+        """The model's own forward on the batch; what is exact by one run for each sample.
+
+        With weights, every sample's output is multiplied by its own, and nothing is formed.
+        """
         recorder = Recorder(list(self._wanted()))
-        samples, calls = len(batch[0]), iter(plan.places)
+        samples = len(batch[0])
+        calls = iter(zip(plan.places, plan.leads, strict=True))
 
         def handler(site: Site, inputs: list[Tensor], output: Tensor) -> Tensor:
             if not recorder.recording:
                 return output if output.requires_grad else recorder.catch(site, [], output, None)
-            expected, places = next(calls, (None, []))
+            (expected, places), leads = next(calls, ((None, []), False))
             if expected is not site or len(places) != 1 + len(inputs):
                 raise FactorError(
                     f"{site.name} is called at another point than for the first batch; layers that "
@@ -397,7 +425,7 @@ class FactoredGradientComputer(DenseGradientComputer):
                 )
             place = places[0]
             if place is None:  # give it a batch dimension, so that each sample has its gradient
-                if output.ndim and output.shape[0] == 1:
+                if leads:
                     output, place = output.expand(samples, *output.shape[1:]), (0, 1)
                 else:
                     output = output.unsqueeze(0).expand(samples, *output.shape)
@@ -411,8 +439,9 @@ class FactoredGradientComputer(DenseGradientComputer):
         with tapped(plan.sites, handler):
             output = self._batch_output(batch)
             recorder.recording = False
+            output = output if weights is None else output * weights.to(output)
             _backward(output, list(recorder.leaves))  # a checkpoint may add some meanwhile
-        if not plan.exact:
+        if not plan.exact or weights is not None:
             return recorder, {}
         rows = [self._autograd([part[i] for part in batch], plan.exact) for i in range(samples)]
         return recorder, {name: torch.stack([row[name] for row in rows]) for name in plan.exact}
@@ -437,14 +466,56 @@ class FactoredGradientComputer(DenseGradientComputer):
 
     # The self-check
 
+    def _check_apart(self, plan: _Plan, batch: Sequence[Tensor], grads: FactoredGradients) -> None:
+        """See whether each sample's factors depend on its own output alone.
+
+        Each output is multiplied by a weight of its own: so must be the sample's gradients, and
+        what layers were given must stay as it was.
+        """
+        count = len(batch[0])
+        weights = torch.linspace(0.5, 1.5, count, device=batch[0].device)
+        weights = weights[torch.randperm(count, generator=torch.Generator().manual_seed(count))]
+        recorder, _ = self._run_batched(plan, batch, weights)
+        tolerance = _TOLERANCE.get(_least([plan.lowest, torch.float32]), 0.15)
+        if plan.lowest == torch.float64:
+            tolerance = _TOLERANCE[torch.float32]
+        for name, factors in recorder.factors.items():
+            if name in plan.exact:
+                continue
+            for factor, other in zip(grads.factored[name].factors, factors, strict=True):
+                for part, again in zip(factor.parts, other.parts, strict=True):
+                    scale = weights.view(-1, *[1] * (part.ndim - 1)).to(part)
+                    bound = tolerance * float(part.abs().max()) if part.numel() else 0.0
+                    if not math.isfinite(bound):
+                        continue  # the projector names samples with such gradients
+                    errors = (float((again - part * by).abs().max()) for by in (1, scale))
+                    if part.numel() and not min(errors) <= bound:
+                        raise FactorError(
+                            f"the samples of a batch do not stay apart where {name} is used: the "
+                            "output of one depends on others, or they change places on the way. "
+                            "Batches like this one before may be wrong as well; use "
+                            f"batched=False, or exact=[{name!r}]"
+                        )
+
     def _check(self, plan: _Plan, batch: Sequence[Tensor], grads: FactoredGradients) -> None:
         """Compare coordinates of the first and the last sample with plain autograd."""
+        if plan.batched and len(batch[0]) > 1:
+            self._check_apart(plan, batch, grads)
+        plan.checked = True
         names = [name for name in self._wanted() if name not in plan.exact]
         for i in sorted({0, len(batch[0]) - 1}):
             expected = self._autograd([part[i] for part in batch], names)
-            expected = {name: grad for name, grad in expected.items() if grad.numel()}
+            expected = {
+                name: grad.to_dense() if grad.is_sparse else grad
+                for name, grad in expected.items()
+                if grad.numel()
+            }
             largest = {name: float(grad.abs().max()) for name, grad in expected.items()}
             overall = max(largest.values(), default=0.0)
+            if not all(map(math.isfinite, largest.values())):
+                plan.checked = False
+                continue
+            plan.checked &= overall > 0 or not names  # zeros tell nothing
             for name, grad in expected.items():
                 tolerance = _TOLERANCE.get(_least([grad.dtype, plan.lowest]), 0.15)
                 flat = grad.flatten()
@@ -480,11 +551,10 @@ class _Plan:
         self.batched, self.sites, self.exact = batched, sites, exact
         self.places: list[tuple[Site, list[Place]]] = []
         self.bytes: dict[str, float] = {}
+        self.leads: list[bool] = []
         self.lowest = torch.float64
-
-
-class _CannotRunAgainError(FactorError):
-    """A layer that has no rule does not run by itself."""
+        self.checked = False
+        self.runs = 1
 
 
 def _run_again(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> dict[str, Factor]:
@@ -505,7 +575,7 @@ def _run_again(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) ->
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise _CannotRunAgainError(str(error)) from error
+            raise FactorError(f"it does not run by itself: {error}") from error
     return {name: Formed(grad.detach()) for name, grad in grads.items()}
 
 

@@ -99,6 +99,11 @@ class Factor(ABC):
     def form(self, part: slice) -> Tensor:
         """Form the gradients of some samples in full, ``(b, rows, columns)``."""
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is held of each sample, ``(B, ...)``: one proportional to the sample's output."""
+        return ()
+
 
 class Formed(Factor):
     """Gradients that exist: of vectors, and of what has no rule.
@@ -109,6 +114,11 @@ class Formed(Factor):
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is held of each sample."""
+        return (self.values,)
 
     @property
     def nbytes(self) -> int:
@@ -224,6 +234,11 @@ class Outer(Products):
         return len(self._left)
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is held of each sample."""
+        return (self._left, self._right)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return self._left.nbytes + self._right.nbytes
@@ -289,6 +304,11 @@ class Patches(Products):
 
     def __len__(self) -> int:
         return len(self._left)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is held of each sample."""
+        return (self._left, self._input)
 
     @property
     def nbytes(self) -> int:
@@ -362,6 +382,11 @@ class Lookups(Factor):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is held of each sample."""
+        return (self._values,)
 
     @property
     def nbytes(self) -> int:

@@ -25,6 +25,20 @@ class FactorError(RuntimeError):
     """Factors of a layer's gradient cannot be had, or are not what autograd says."""
 
 
+class NoWayError(FactorError):
+    """A layer's gradients cannot be made at its output, so they have to be formed.
+
+    Args:
+        site: the layer.
+        why: what is in the way.
+    """
+
+    def __init__(self, site: Site, why: str) -> None:
+        names = ", ".join(site.parameters.values())
+        super().__init__(f"{site.name} {why}; name its parameters in exact= ({names})")
+        self.parameters = set(site.parameters.values())
+
+
 @dataclass(frozen=True)
 class Site:
     """A module whose parameters' gradients are made at its output.
@@ -34,12 +48,14 @@ class Site:
         module: the module.
         function: its rule.
         parameters: for each of its own parameters that is wanted, its name in the model.
+        again: whether the function runs the module again with the tensors that it was given.
     """
 
     name: str
     module: nn.Module
     function: RuleFunction
     parameters: Mapping[str, str]
+    again: bool = False
 
 
 Handler = Callable[[Site, list[Tensor], Tensor], Tensor]
@@ -59,9 +75,9 @@ def tapped(sites: Sequence[Site], handler: Handler) -> Iterator[None]:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if not isinstance(output, Tensor):
-                raise FactorError(
-                    f"{site.name} returns a {type(output).__name__}, but its rule needs a tensor"
-                )
+                raise NoWayError(site, f"returns a {type(output).__name__}, not a tensor")
+            if site.again and (kwargs or len(given) < len(args)):
+                raise NoWayError(site, "has no rule and is given more than tensors by position")
             return handler(site, given, output)
 
         # Before hooks of the user, which may change what the layer computed.
@@ -123,7 +139,10 @@ class Recorder:
                 )
             types = [value.dtype for value in (gradient, *held) if value.is_floating_point()]
             self.lowest = max(self.lowest, *types, key=lambda dtype: torch.finfo(dtype).eps)
-            made = site.function(site.module, list(held), front(gradient))
+            try:
+                made = site.function(site.module, list(held), front(gradient))
+            except FactorError as error:
+                raise NoWayError(site, str(error)) if site.again else error from error
             held.clear()  # this hook lives as long as the graph; what factors need they hold
             for own, name in site.parameters.items():
                 self.factors[name].append(made[own])
