@@ -3,7 +3,7 @@
 A rule is a function ``(module, inputs, gradient) -> {parameter: factor}``. Tensors have one more
 leading dimension than the module sees: ``inputs[0]`` is ``(B, *what the module is given for one
 sample)``, and ``gradient``, the gradient of the output, likewise; what the module itself takes
-for a batch dimension is part of the sample and summed over. Register one for a layer of your own:
+for a batch dimension is part of the sample and summed over. Register one for a layer of your own::
 
     @rule(MyLayer, "weight")
     def my_layer(module, inputs, gradient):
