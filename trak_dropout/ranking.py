@@ -30,7 +30,7 @@ def top_influences(
     groups: Sequence[int] | None = None,
     model_ids: Iterable[int] | None = None,
     damping: float | str | None = None,
-    memory: int = 512 * 2**20,
+    memory: int = 256 * 2**20,
     progress: bool = False,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Find the training samples with the largest scores for each target.
@@ -110,14 +110,16 @@ def top_influences(
             top = _Best(len(next(iter(few.values()))), k, computer.device)
             for first in range(0, n, block):
                 last = min(first + block, n)
-                total: Any = 0.0
+                total: Tensor | None = None
                 for m, matrix in rows.items():
                     if matrix.shape[1] > len(matrix):
-                        total = total + few[m][:, first:last].T
+                        product = few[m][:, first:last].T.clone()
                     else:
                         read = matrix.rows(first, last).to(computer.device, torch.float32)
-                        total = total + read @ few[m].T
-                top.add(total * weight[first:last].to(computer.device), first)
+                        product = read @ few[m].T
+                    total = product if total is None else total + product
+                assert total is not None
+                top.add(total.mul_(weight[first:last].to(computer.device)), first)
                 bar.update((last - first) * top.targets)
             best.append(top)
         bar.close()
