@@ -115,15 +115,15 @@ def _peak(make: Callable[..., Call | None], arguments: Any, device: str) -> floa
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     call()  # what a first call keeps, such as a mask, is no part of the peak
     ctypes.CDLL(None).malloc_trim(0)  # glibc: hand back what is free, or it would not show
-    before_ = _resident("VmRSS")
+    before_ = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: begin a new peak
     result = call()
-    found = _resident("VmHWM")
+    found = resident("VmHWM")
     del result
     return found - before_
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
     """Megabytes of memory that this process holds, or held at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))

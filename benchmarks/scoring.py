@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _measure import resident
 
 from trak_dropout import DampedScoreComputer, top_influences
 from trak_dropout.store import FeatureFiles
@@ -62,7 +62,7 @@ def run(root: str, n: int, k: int, targets: int, top: int) -> dict[str, Any]:
         "gram_and_solve_seconds": before,
         "seconds": whole,
         "product_seconds": whole - before,
-        "peak_rss_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "peak_rss_megabytes": resident("VmHWM"),
     }
 
 

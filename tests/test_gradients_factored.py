@@ -594,7 +594,8 @@ class SequenceFirst(nn.Module):
 def test_batch_in_other_dimensions() -> None:
     torch.manual_seed(0)
     for n in (5, 8):  # with 8 samples every dimension could be the batch
-        check(SequenceFirst().double(), LOSS, images(n))
+        computer = check(SequenceFirst().double(), LOSS, images(n))
+        assert ways(computer)["places.weight"] == "rule of Embedding"
         check(SequenceFirst().double(), MARGIN, images(n))
 
 
