@@ -595,7 +595,7 @@ def test_batch_in_other_dimensions() -> None:
     torch.manual_seed(0)
     for n in (5, 8):  # with 8 samples every dimension could be the batch
         computer = check(SequenceFirst().double(), LOSS, images(n))
-        assert ways(computer)["places.weight"] == "rule of Embedding"
+        assert "whole batch" in computer.describe()
         check(SequenceFirst().double(), MARGIN, images(n))
 
 

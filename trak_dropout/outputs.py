@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,26 @@ from trak.modelout_functions import (
 )
 
 
-class LossOutput(AbstractModelOutput):
+class _MinusLoss(AbstractModelOutput, ABC):
+    """A model output that is minus a loss, so that its out-to-loss gradient is one."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name under which stores record it: another loss has another."""
+
+    def get_out_to_loss_grad(
+        self,
+        model: nn.Module,
+        weights: dict[str, Tensor] | None,
+        buffers: dict[str, Tensor] | None,
+        batch: Sequence[Tensor],
+    ) -> Tensor:
+        """Return ones, shape ``(B, 1)``: the output is the loss itself."""
+        return torch.ones(len(batch[0]), 1, device=batch[0].device)
+
+
+class LossOutput(_MinusLoss):
     """The model output ``f(z) = -loss(z)``, with an out-to-loss gradient of one.
 
     With it and `DampedScoreComputer`, TRAK computes the classical influence function
@@ -109,18 +129,8 @@ class LossOutput(AbstractModelOutput):
             )
         return -loss.reshape(())
 
-    def get_out_to_loss_grad(
-        self,
-        model: nn.Module,
-        weights: dict[str, Tensor] | None,
-        buffers: dict[str, Tensor] | None,
-        batch: Sequence[Tensor],
-    ) -> Tensor:
-        """Return ones, shape ``(B, 1)``: the output is the loss itself."""
-        return torch.ones(len(batch[0]), 1, device=batch[0].device)
 
-
-class CausalLMOutput(AbstractModelOutput):
+class CausalLMOutput(_MinusLoss):
     """Minus the next-token loss of a sequence, for causal language models.
 
     A batch is ``(input_ids,)``, ``(input_ids, attention_mask)`` or ``(input_ids, attention_mask,
@@ -222,16 +232,6 @@ class CausalLMOutput(AbstractModelOutput):
             return -total
         return -total / (labels[:, 1:] != self.ignore_index).sum(1).clamp_min(1)
 
-    def get_out_to_loss_grad(
-        self,
-        model: nn.Module,
-        weights: dict[str, Tensor] | None,
-        buffers: dict[str, Tensor] | None,
-        batch: Sequence[Tensor],
-    ) -> Tensor:
-        """Return ones, shape ``(B, 1)``: the output is the loss itself."""
-        return torch.ones(len(batch[0]), 1, device=batch[0].device)
-
 
 def batch_output_of(task: AbstractModelOutput) -> Callable[..., Tensor] | None:
     """Return the function that computes a task's output for all samples of a batch at once.
@@ -306,7 +306,7 @@ def task_name(task: str | AbstractModelOutput) -> str:
     """
     if isinstance(task, str):
         return task
-    if isinstance(task, LossOutput | CausalLMOutput):
+    if isinstance(task, _MinusLoss):
         return task.name
     known = {output: name for name, output in TASK_TO_MODELOUT.items()}
     return known.get(type(task)) or _qualified_name(type(task))

@@ -113,7 +113,7 @@ class DampedScoreComputer(AbstractScoreComputer):
             GramError: the Gram matrix is singular without damping.
         """
         n, k = grads.shape
-        factor, _ = self._factor(xtx, k, n)
+        factor = self._factor(xtx, k, n)
         if k > n:
             features = torch.cholesky_solve(self._double(grads), factor)
         else:
@@ -169,7 +169,7 @@ class DampedScoreComputer(AbstractScoreComputer):
             GramError: the Gram matrix is singular without damping.
         """
         n, k = grads.shape
-        factor, _ = self._factor(gram, k, n)
+        factor = self._factor(gram, k, n)
         whole = self._double(next(_blocks(grads, n))[1]) if k > n else None
 
         def solve(targets: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class DampedScoreComputer(AbstractScoreComputer):
         """
         n, k = grads.shape
         gram = self.get_xtx(grads)
-        factor, _ = self._factor(gram, k, n)
+        factor = self._factor(gram, k, n)
         if k > n:  # x_i^T (X^T X + l)^-1 x_i = [(X X^T + l)^-1 X X^T]_ii
             return torch.cholesky_solve(gram, factor).diagonal().clone()
         return torch.cat(
@@ -218,8 +218,8 @@ class DampedScoreComputer(AbstractScoreComputer):
     def _double(self, block: Tensor) -> Tensor:
         return block.to(self.device, torch.float64)
 
-    def _factor(self, gram: Tensor, k: int, n: int) -> tuple[Tensor, float]:
-        """The Cholesky factor of the damped Gram matrix, and what was added to its diagonal."""
+    def _factor(self, gram: Tensor, k: int, n: int) -> Tensor:
+        """The Cholesky factor of the damped Gram matrix."""
         trace = float(gram.trace())
         if self.lambda_reg:
             ridge = self.lambda_reg
@@ -242,7 +242,7 @@ class DampedScoreComputer(AbstractScoreComputer):
                 f"damping={self.damping!r}, lambda_reg={self.lambda_reg!r}: some columns are zero "
                 "for every sample or depend on others; use damping='auto' or a positive damping"
             )
-        return factor, ridge
+        return factor
 
 
 def _blocks(grads: Tensor | RowFile, rows: int = _BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:

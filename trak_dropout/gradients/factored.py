@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 from collections import OrderedDict
@@ -44,7 +45,7 @@ _CHECKED = 32
 
 
 class FactoredGradientComputer(DenseGradientComputer):
-    """Per-sample gradients as factors: for less than a training step, and in no more memory.
+    """Per-sample gradients as factors: neither they nor weight gradients are ever formed.
 
     Runs the model on the batch and back, without weight gradients, and keeps what each layer was
     given and the gradient of what it returned. `DropoutProjector` computes the kept coordinates
@@ -72,7 +73,7 @@ class FactoredGradientComputer(DenseGradientComputer):
             for the others, and nothing flows back further than needed.
         self_check: compare some coordinates with autograd, and see that the samples of a batch stay
             apart: on the first batch, on the first with samples of another shape or with other
-            weights, and on every batch whose number is a power of two.
+            weights, and on the second, fourth, eighth ... batch of each shape.
         exact: names of parameters to be formed exactly whatever rules there are.
         batched: whether to run whole batches where the task allows it.
         budget: bytes that taking coordinates may use for intermediate values at a time.
@@ -159,7 +160,7 @@ class FactoredGradientComputer(DenseGradientComputer):
         plan = self._plan or self._first_plan(self._can_batch())
         kinds: dict[str, list[str]] = {name: [] for name in self._wanted()}
         for site in plan.sites:
-            again = " run again" if site.function is _run_again else ""
+            again = " run again" if site.again else ""
             for name in site.parameters.values():
                 kinds[name].append(type(site.module).__name__ + again)
         ways = {
@@ -476,9 +477,7 @@ class FactoredGradientComputer(DenseGradientComputer):
         weights = torch.linspace(0.5, 1.5, count, device=batch[0].device)
         weights = weights[torch.randperm(count, generator=torch.Generator().manual_seed(count))]
         recorder, _ = self._run_batched(plan, batch, weights)
-        tolerance = _TOLERANCE.get(_least([plan.lowest, torch.float32]), 0.15)
-        if plan.lowest == torch.float64:
-            tolerance = _TOLERANCE[torch.float32]
+        tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
         for name, factors in recorder.factors.items():
             if name in plan.exact:
                 continue
@@ -581,7 +580,7 @@ def _run_again(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) ->
 
 def _restricted(site: Site, names: set[str]) -> Site:
     own = {local: name for local, name in site.parameters.items() if name in names}
-    return Site(site.name, site.module, site.function, own)
+    return dataclasses.replace(site, parameters=own)
 
 
 @contextmanager

@@ -142,7 +142,9 @@ class Recorder:
             try:
                 made = site.function(site.module, list(held), front(gradient))
             except FactorError as error:
-                raise NoWayError(site, str(error)) if site.again else error from error
+                if site.again:
+                    raise NoWayError(site, str(error)) from error
+                raise
             held.clear()  # this hook lives as long as the graph; what factors need they hold
             for own, name in site.parameters.items():
                 self.factors[name].append(made[own])
