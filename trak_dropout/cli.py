@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from inspect import getdoc
+from types import ModuleType
 
 from trak_dropout import __version__
+from trak_dropout.commands import demo
+
+COMMANDS: tuple[ModuleType, ...] = (demo,)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after the command; those of the process when None.
 
     Returns:
-        The exit code: 0, or 1 when a package that the command needs is missing.
+        The exit code: 0; 1 when the command says in one line what is wrong, such as a store that
+        is not there, is incomplete or damaged, or a package that is missing; 2 for arguments that
+        cannot be understood.
     """
     parser = argparse.ArgumentParser(
         prog="trak-dropout",
@@ -25,32 +31,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="train on digits with flipped labels, find them, and write a page with pictures",
-        description="Train a small network on scikit-learn's digits with a tenth of the labels "
-        "flipped, collect compressed gradients meanwhile, find the flipped labels, and compare "
-        "with TRAK's Gaussian projection in the same run.",
-    )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("demo_results"),
-        help="directory for report.html, results.json and the store (default: %(default)s)",
-    )
-    demo.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
-    options = parser.parse_args(arguments)
-    return _demo(options.out, options.seed)
-
-
-def _demo(out: Path, seed: int) -> int:
-    try:
-        from trak_dropout.demo import run
-    except ModuleNotFoundError as error:
-        print(
-            f"trak-dropout demo needs {error.name}: pip install 'trak_dropout[demo]'",
-            file=sys.stderr,
+    for module in COMMANDS:
+        description = getdoc(module) or ""
+        summary = description.partition("\n")[0].rstrip(".")
+        command = commands.add_parser(
+            module.__name__.rpartition(".")[2],
+            help=summary[:1].lower() + summary[1:],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        return 1
-    run(out, seed)
-    return 0
+        module.add_arguments(command)
+        command.set_defaults(module=module)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.module.run(options))
+    except ModuleNotFoundError as error:
+        extra = getattr(options.module, "EXTRA", None)
+        if extra is None or (error.name or "").partition(".")[0] == "trak_dropout":
+            raise
+        message = f"needs {error.name}: pip install 'trak_dropout[{extra}]'"
+    except (ValueError, OSError) as error:
+        message = str(error)
+    print(f"trak-dropout {options.command}: {message}", file=sys.stderr)
+    return 1
