@@ -1,14 +1,23 @@
 """The command line, and the demo as `make demo` runs it."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import checkpoints, mlp, quickstart
 
-from trak_dropout import __version__, open_store
+from trak_dropout import (
+    __version__,
+    open_store,
+    plugin,
+    self_influence,
+    top_influences,
+)
 from trak_dropout.cli import main
+from trak_dropout.store import Store
 
 
 def test_demo_finds_the_flipped_labels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -24,8 +33,11 @@ def test_demo_finds_the_flipped_labels(tmp_path: Path, capsys: pytest.CaptureFix
     assert ours["same_class"] >= 1.4 * defaults["same_class"]
     assert len(open_store(tmp_path / "store").model_ids) == figures["checkpoints"] == 3
     for row in rows.values():
-        numbers = [row["auc"], *(row["recalls"] or []), row["same_class"]]
-        assert all(f"{x:.2f}"[:3] in printed for x in numbers if x is not None)
+        shown = [f"{recall:.2f}" for recall in row["recalls"] or []]
+        shown += [f"{row['auc']:.4f}"] if row["auc"] is not None else []
+        shown += [f"{row['same_class']:.3f}"] if row["same_class"] is not None else []
+        line = next(text for text in printed.splitlines() if text.startswith(row["method"]))
+        assert all(number in line for number in shown)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<img") > 60
     assert f"{ours['auc']:.4f}" in page
@@ -50,3 +62,60 @@ def test_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert main(["demo"]) == 1
     assert "pip install 'trak_dropout[demo]'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, model = tmp_path_factory.mktemp("store"), mlp()
+    quickstart(model, checkpoints(model, 2), folder, **plugin(model, 64))
+    return folder
+
+
+def test_score_of_targets(scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["score", str(scored), "--experiment", "test", "-k", "3"]
+    assert main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    indices, values = top_influences(Store(scored), "test", 3)
+    assert printed["indices"] == indices.tolist()
+    np.testing.assert_allclose(printed["values"], values)
+    more = ["--harmful", "--damping", "0.1", "--model-ids", "1", "--out", str(tmp_path / "out.npz")]
+    assert main([*arguments, *more]) == 0
+    assert "target 0: " in capsys.readouterr().out
+    expected = top_influences(Store(scored), "test", 3, harmful=True, damping=0.1, model_ids=[1])
+    written = np.load(tmp_path / "out.npz")
+    np.testing.assert_array_equal(written["indices"], expected[0])
+    np.testing.assert_array_equal(written["values"], expected[1])
+
+
+def test_score_in_two_processes(scored: Path) -> None:
+    # Lightning starts the processes, which need a script to start from.
+    command = [sys.executable, "-m", "trak_dropout", "score", str(scored), "-k", "4", "--json"]
+    found = [
+        json.loads(subprocess.run([*command, *more], capture_output=True, check=True).stdout)
+        for more in ([], ["--devices", "2"])
+    ]
+    assert found[0]["indices"] == found[1]["indices"]
+    suspicion = self_influence(Store(scored))
+    assert found[0]["indices"][0] == np.argsort(-suspicion)[:4].tolist()
+    np.testing.assert_allclose(found[1]["values"], found[0]["values"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--experiment", "other"], "known experiments: test"),
+        (["-k", "0"], "-k, --devices and --memory must be at least 1"),
+        (["--harmful"], "--harmful and --method need targets"),
+        (["--model-ids", "7"], "model_ids [7] are not complete"),
+    ],
+)
+def test_score_says_what_is_wrong(
+    scored: Path, capsys: pytest.CaptureFixture, arguments: list[str], words: str
+) -> None:
+    assert main(["score", str(scored), *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_score_of_no_store(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["score", str(tmp_path)]) == 1
+    assert "holds no TRAK results" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Damped scores against dense float64 algebra."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,10 @@ from torch import Tensor, nn
 
 from trak_dropout import (
     DampedScoreComputer,
-    DropoutProjector,
     GramError,
     LossOutput,
     plugin,
-    self_influence,
 )
-from trak_dropout.store import FeatureFiles
 
 
 def dense_features(x: Tensor, damping: float | None = None, ridge: float = 0.0) -> Tensor:
@@ -32,6 +30,16 @@ def dense_features(x: Tensor, damping: float | None = None, ridge: float = 0.0) 
         eigenvalues = torch.linalg.eigvalsh(x @ x.T)
         ridge = 6 * eigenvalues.mean() ** 2 / eigenvalues.square().mean().sqrt()
     return x @ torch.linalg.inv(gram + ridge * torch.eye(x.shape[1], dtype=torch.float64))
+
+
+def leverages_of(
+    computer: DampedScoreComputer, x: Tensor, dampings: Sequence[float | str | None] = (None,)
+) -> Tensor:
+    n, k = x.shape
+    gram = computer.get_xtx(x)
+    if k > n:
+        return computer.dual_leverages(gram, n, k, dampings)
+    return computer.leverages(gram, n, k, dampings)(x)
 
 
 @settings(deadline=None, max_examples=80)
@@ -65,9 +73,21 @@ def test_equals_dense_algebra(
     bound = 1e-5 * expected.abs().max().item()
     torch.testing.assert_close(features.double(), expected, rtol=1e-5, atol=bound)
     leverages = (expected * x.double()).sum(1)
-    torch.testing.assert_close(
-        computer.get_leverages(x), leverages, rtol=1e-6, atol=1e-9 * leverages.max().item()
-    )
+    found = leverages_of(computer, x)
+    torch.testing.assert_close(found[0], leverages, rtol=1e-6, atol=1e-9 * leverages.max().item())
+    # Several dampings, from eigenvectors.
+    other = (dense_features(x, 3.0) * x.double()).sum(1)
+    both = leverages_of(computer, x, [computer.damping, 3.0])
+    for values, reference in zip(both, (leverages, other), strict=True):
+        bound = 1e-6 * reference.max().item()
+        torch.testing.assert_close(values, reference, rtol=1e-5, atol=bound)
+    # A target's scores, in both forms.
+    targets = scale * torch.randn(3, k, generator=random)
+    factor = computer.decompose(gram, n, k)
+    solved = computer.solve(factor, targets, x.double() if k > n else None)
+    scores = targets.double() @ expected.T
+    solved = solved if k > n else solved @ x.double().T
+    torch.testing.assert_close(solved, scores, rtol=1e-5, atol=1e-5 * scores.abs().max().item())
 
 
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,10 +95,8 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     for features in (x, x.T):
         whole = DampedScoreComputer()
         expected = whole.get_x_xtx_inv(features, whole.get_xtx(features))
-        leverages = whole.get_leverages(features)
         monkeypatch.setattr("trak_dropout.scoring._BLOCK_ROWS", 7)
         torch.testing.assert_close(whole.get_x_xtx_inv(features, whole.get_xtx(features)), expected)
-        torch.testing.assert_close(whole.get_leverages(features), leverages)
         monkeypatch.undo()
 
 
@@ -124,8 +142,9 @@ def test_singular_gram_matrix_is_refused(shape: tuple[int, int]) -> None:
     computer = DampedScoreComputer(damping=0.0)
     with pytest.raises(GramError, match=r"singular with damping=0.0.*use damping='auto'"):
         computer.get_x_xtx_inv(x, computer.get_xtx(x))
-    with pytest.raises(GramError, match="singular"):
-        computer.get_leverages(x)
+    for dampings in ([None], [0.1, 0.0]):
+        with pytest.raises(GramError, match="singular with damping=0.0"):
+            leverages_of(computer, x, dampings)
     full = torch.randn(20, 6)
     torch.testing.assert_close(
         computer.get_x_xtx_inv(full, computer.get_xtx(full)), dense_features(full, 0.0).float()
@@ -210,41 +229,3 @@ def test_loss_output_gives_the_influence_function(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         n * scores, influence.numpy(), rtol=2e-3, atol=2e-4 * float(influence.abs().max())
     )
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_self_influence_is_the_diagonal_of_the_scores(tmp_path: Path, half: bool) -> None:
-    model = mlp()
-    traker, scores = quickstart(
-        model,
-        checkpoints(model, 2),
-        tmp_path,
-        targets=loader(train_set()),
-        n_targets=300,
-        use_half_precision=half,
-        **plugin(model, 64),
-    )
-    values = self_influence(traker)
-    assert values.shape == (300,)
-    if half:  # features are rescaled per checkpoint there, as TRAK rescales them
-        assert np.corrcoef(values, np.diag(scores))[0, 1] > 0.99
-    else:
-        np.testing.assert_allclose(values, np.diag(scores), rtol=1e-4)
-    np.testing.assert_array_equal(values, self_influence(FeatureFiles(tmp_path)))
-    one = self_influence(traker, model_ids=[1])
-    assert not np.allclose(one, values)
-    assert not np.allclose(self_influence(traker, damping=0.1), values)
-
-
-def test_self_influence_takes_the_trakers_damping(tmp_path: Path) -> None:
-    model = mlp()
-    states = checkpoints(model, 1)
-    damped, _ = quickstart(model, states, tmp_path / "a", **plugin(model, 64, damping=0.01))
-    plain, _ = quickstart(
-        model, states, tmp_path / "b", projector=DropoutProjector.from_model(model, 64)
-    )
-    ours, theirs = self_influence(damped), self_influence(plain, damping=0.01)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-3)  # rounding of two gradient computers
-    assert np.abs(self_influence(damped, damping=0.1) / theirs - 1).max() > 0.1
-    with pytest.raises(TypeError, match="must be a store or a TRAKer"):
-        self_influence(tmp_path)

@@ -14,13 +14,15 @@ from trak_dropout.outputs import CausalLMOutput, LossOutput
 from trak_dropout.plugin import plugin
 from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
 from trak_dropout.ranking import top_influences
-from trak_dropout.scoring import DampedScoreComputer, GramError, self_influence
+from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.scoring import DampedScoreComputer, GramError
+from trak_dropout.shards import RankError
 from trak_dropout.store import (
-    IncompleteStoreError,
     ManifestSaver,
     Store,
     StoreMismatchError,
 )
+from trak_dropout.streaming import self_influence
 
 __all__ = [
     "AttributionStore",
@@ -37,6 +39,7 @@ __all__ = [
     "LossOutput",
     "ManifestSaver",
     "NonFiniteGradientError",
+    "RankError",
     "Store",
     "StoreMismatchError",
     "__version__",

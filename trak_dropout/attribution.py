@@ -24,8 +24,9 @@ from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
 from trak_dropout.gradients import BatchError, FactoredGradientComputer
 from trak_dropout.outputs import resolve_task, task_name
 from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
-from trak_dropout.scoring import DampedScoreComputer, self_influence
+from trak_dropout.scoring import DampedScoreComputer
 from trak_dropout.store import Store, StoreMismatchError
+from trak_dropout.streaming import self_influence
 
 
 class Featurizer:

@@ -9,9 +9,9 @@ from inspect import getdoc
 from types import ModuleType
 
 from trak_dropout import __version__
-from trak_dropout.commands import demo
+from trak_dropout.commands import demo, score
 
-COMMANDS: tuple[ModuleType, ...] = (demo,)
+COMMANDS: tuple[ModuleType, ...] = (demo, score)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,10 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(module=module)
     options = parser.parse_args(arguments)
+    module = options.module
+    del options.module  # a command may hand its options to other processes
     try:
-        return int(options.module.run(options))
+        return int(module.run(options))
     except ModuleNotFoundError as error:
-        extra = getattr(options.module, "EXTRA", None)
+        extra = getattr(module, "EXTRA", None)
         if extra is None or (error.name or "").partition(".")[0] == "trak_dropout":
             raise
         message = f"needs {error.name}: pip install 'trak_dropout[{extra}]'"

@@ -35,7 +35,8 @@ from trak.projectors import BasicProjector
 from trak_dropout import metrics, report
 from trak_dropout.attribution import AttributionStore
 from trak_dropout.lightning import GradientCollector
-from trak_dropout.scoring import DampedScoreComputer, self_influence
+from trak_dropout.scoring import DampedScoreComputer
+from trak_dropout.streaming import self_influence
 
 N_TRAIN, N_TEST, FLIPPED_SHARE = 1000, 300, 0.1
 EPOCHS, EVERY_N_EPOCHS = 12, 4

@@ -54,7 +54,9 @@ def plugin(
     plugs: dict[str, Any] = {
         "projector": projector,
         "gradient_computer": FactoredGradientComputer,
-        "score_computer": partial(DampedScoreComputer, damping=check_damping(damping)),
+        "score_computer": partial(
+            DampedScoreComputer, damping=check_damping(damping), scale=projector.stored_factor
+        ),
         "saver": partial(ManifestSaver, projector=projector),
     }
     if names is not None:

@@ -22,6 +22,7 @@ from trak_dropout.masks import (
     draw_mask,
     spans,
 )
+from trak_dropout.scaling import StorageScales
 from trak_dropout.statistics import GradientStatistics
 
 _LOG = logging.getLogger(__name__)
@@ -120,6 +121,8 @@ class DropoutProjector(AbstractProjector):
         self._statistics: dict[int | None, GradientStatistics] = {}
         self._projected: set[int] = set()
         self._plan: _Plan | None = None
+        # Set by a store in float16: results are then multiplied by a power of two that fits it.
+        self.scales: StorageScales | None = None
 
     @classmethod
     def from_model(
@@ -315,6 +318,9 @@ class DropoutProjector(AbstractProjector):
                 kept.add_to(out, blocks[i][1])
             if plan.weights is not None:
                 out *= plan.weights
+        if self.scales is not None:
+            self._check_finite(out, out, model_id)
+            self.scales.apply(model_id, out)
         result = out.to(device=self.device, dtype=self.dtype)
         self._check_finite(out, result, model_id)
         return result
@@ -325,6 +331,10 @@ class DropoutProjector(AbstractProjector):
             f"seed={self.seed}, proj_type={self.proj_type!r}, fold={self.fold}, "
             f"dtype={self.dtype}, device={str(self.device)!r})"
         )
+
+    def stored_factor(self) -> float:
+        """Return what a float16 store's current checkpoint was multiplied by; 1 elsewhere."""
+        return 1.0 if self.scales is None else self.scales.factor()
 
     def free_memory(self) -> None:
         """Drop the cached mask; it is drawn again, the same, when needed."""

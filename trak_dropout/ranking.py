@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,22 @@ from tqdm import tqdm
 from trak import TRAKer
 
 from trak_dropout._checks import check_integer
-from trak_dropout.scoring import GramError, files_and_computer
-from trak_dropout.store import FeatureFiles, IncompleteStoreError, RowFile
+from trak_dropout.largest import PIECE, Largest
+from trak_dropout.progress import Progress, unfinished
+from trak_dropout.rowfile import IncompleteStoreError, RowFile
+from trak_dropout.scoring import DampedScoreComputer, GramError, refuse_targets
+from trak_dropout.shards import Shards
+from trak_dropout.store import FeatureFiles
+from trak_dropout.streaming import (
+    DEFAULT_MEMORY,
+    files_and_computer,
+    fingerprint,
+    streamed_gram,
+)
+
+METHODS = ("influence", "dot", "cosine")
+# Above it rounding to float32 could change scores by more than 1e-5 of their size.
+_CANCELLATION = 50.0
 
 
 def top_influences(
@@ -30,8 +43,11 @@ def top_influences(
     groups: Sequence[int] | None = None,
     model_ids: Iterable[int] | None = None,
     damping: float | str | None = None,
-    memory: int = 256 * 2**20,
+    method: str = "influence",
+    memory: int = DEFAULT_MEMORY,
     progress: bool = False,
+    device: str | torch.device | None = None,
+    fabric: Any = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Find the training samples with the largest scores for each target.
 
@@ -41,6 +57,9 @@ def top_influences(
     TRAKer stores float16, it also scales the features of each checkpoint to one magnitude, which
     is not done here.)
 
+    Sums and the best so far are kept in the store's directory every half a minute: called again
+    after it was interrupted or killed, it goes on from there.
+
     Args:
         store_or_traker: a store, or a TRAKer that has featurized its training set; targets have
             been scored with ``TRAKer.start_scoring_checkpoint`` and ``score``, or with
@@ -48,14 +67,23 @@ def top_influences(
         exp_name: the targets' experiment name.
         k: how many training samples for each target.
         harmful: the most negative scores instead: samples that lower the target's output.
-        groups: for each target the number of its group, ``(n_targets,)``, from 0 on; scores are
-            then means over the targets of a group, one row for each group.
+        groups: for each target the number of its group, ``(n_targets,)``, from 0 on; targets are
+            then means over a group, one row of the result for each group.
         model_ids: the checkpoints to average; all complete ones when None.
         damping: relative damping; when None, that of the TRAKer's `DampedScoreComputer`, else
             ``"auto"``.
+        method: ``"influence"``; or as cheap baselines, which solve nothing, ``"dot"``: inner
+            products of gradients times the out-to-loss gradient (TracIn, arXiv 2002.08484, with
+            equal learning rates), as projections estimate them, so ``proj_dim`` of the store times
+            those of full gradients divided by their number of coordinates; or ``"cosine"``: their
+            cosine.
         memory: bytes to use for blocks of rows and of targets, beside one Gram matrix and its
             decomposition.
         progress: whether to show a progress bar.
+        device: where to compute, the CPU or a CUDA device; that of the TRAKer or of ``fabric`` when
+            None, else the CPU.
+        fabric: a launched Lightning ``Fabric``: its processes, which all call this, share the rows,
+            and each returns the whole result. Their machines see the same store.
 
     Returns:
         Indices of training samples, int64, and their scores, float32, both ``(n_targets, k)``, best
@@ -63,12 +91,17 @@ def top_influences(
 
     Raises:
         TypeError: ``store_or_traker`` is neither; or ``k`` is no integer.
-        ValueError: ``k`` is not between 1 and the number of training samples, or ``groups`` does
-            not fit the targets.
+        ValueError: ``k`` is not between 1 and the number of training samples, ``groups`` does
+            not fit the targets, or ``method`` is unknown.
         IncompleteStoreError: a checkpoint or the targets are missing, incomplete or damaged.
         GramError: gradients are NaN or infinite, all zero, or singular without damping.
+        RankError: another process has failed.
     """
-    files, computer = files_and_computer(store_or_traker, damping)
+    files, computer = files_and_computer(store_or_traker, damping, device, fabric)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method != "influence" and damping is not None:
+        raise ValueError(f"damping={damping!r} has no meaning for method={method!r}; leave it out")
     chosen = files.choose(model_ids)
     check_integer("k", k, minimum=1)
     rows = {m: files.file(m, "grads") for m in chosen}
@@ -76,105 +109,220 @@ def top_influences(
     if k > n:
         raise ValueError(f"k={k} is above the number of training samples, {n}")
     targets = {m: _targets(files, m, exp_name, groups) for m in chosen}
-    count = len(next(iter(targets.values())))
-    all_weights = [files.file(m, "out_to_loss").rows().double() for m in chosen]
-    weight = torch.stack(all_weights).mean(0)
+    weight = _row_weights(files, chosen, method) * (-1.0 if harmful else 1.0)
+    inputs = fingerprint(*rows.values(), *(files.file(m, f"{exp_name}_grads") for m in chosen))
+    numbers = None if groups is None else [int(group) for group in groups]
+    arguments = [k, harmful, numbers, method, computer.damping, computer.lambda_reg, memory]
+    shards, name = Shards(fabric, n), f"top_{exp_name}"
+    with unfinished(files.save_dir, name, inputs, arguments, shards.rank, shards.world) as work:
+        solved = {}
+        hidden = not progress or shards.rank > 0
+        for m, file in rows.items():
+            scale = files.scale(m)
+            if method == "influence":
+                solved[m] = _solved(
+                    computer, file, targets[m], shards, work, m, scale, memory, hidden
+                )
+            else:
+                plain = _plain(targets[m], method, scale)
+                solved[m] = _kept(work, m, (len(plain), file.shape[1]), [plain])
+        with shards.agreed():
+            best = _best(rows, solved, weight, k, method, shards, work, memory, computer, hidden)
+    values, indices = _merged(best, k, shards)
+    return indices.cpu().numpy(), values.cpu().numpy() * np.float32(-1 if harmful else 1)
+
+
+def _row_weights(files: FeatureFiles, chosen: Sequence[int], method: str) -> Tensor:
+    """What the sum over checkpoints is multiplied by for each training sample, float32 ``(n,)``."""
+    if method == "cosine":
+        return torch.full((len(files.file(chosen[0], "grads")),), 1 / len(chosen))
+    found = [files.file(m, "out_to_loss").rows()[:, 0].double() for m in chosen]
+    weight = torch.stack(found).mean(0)
     if not bool(torch.isfinite(weight).all()):
-        bad = torch.nonzero(~torch.isfinite(weight[:, 0])).flatten().tolist()
+        bad = torch.nonzero(~torch.isfinite(weight)).flatten().tolist()
         raise GramError(f"out-to-loss gradients of samples {bad[:10]} are NaN or infinite")
-    sign = -1.0 if harmful else 1.0
-    weight = (sign * weight / len(chosen)).to(torch.float32)
+    return (weight / len(chosen)).to(torch.float32)
 
-    with tempfile.TemporaryDirectory(prefix=".solving", dir=files.save_dir) as folder:
-        solved: dict[int, RowFile] = {}
-        for m in tqdm(chosen, desc="Solving", disable=not progress):
-            solve = computer.solver(computer.get_xtx(rows[m]), rows[m])
-            file = Path(folder) / f"{m}.npy"
-            width = min(rows[m].shape)
-            step = max(1, memory // (40 * max(rows[m].shape[1], width)))
-            kept = np.lib.format.open_memmap(file, "w+", np.float32, (count, width))
-            for start in range(0, count, step):
-                kept[start : start + step] = solve(targets[m][start : start + step]).cpu().numpy()
-            kept.flush()
-            del kept, solve
-            solved[m] = RowFile(file)
-        widest = max(matrix.shape[1] for matrix in rows.values())
-        step = max(1, min(count, memory // (4 * 4 * widest * len(chosen))))
-        block = max(1, memory // (4 * (8 * widest + 16 * step)))
-        bar = tqdm(total=count * n, desc="Scoring", disable=not progress)
-        best = []
+
+def _solved(
+    computer: DampedScoreComputer,
+    file: RowFile,
+    targets: Tensor,
+    shards: Shards,
+    work: Progress,
+    model_id: int,
+    scale: float,
+    memory: int,
+    hidden: bool,
+) -> RowFile:
+    """What training rows are multiplied with; for ``k > n`` the scores themselves."""
+    n, k = file.shape
+    done = work.folder / f"solved_{model_id}.npy"
+    # Every process must know whether sums are still to be taken together.
+    if int(shards.total(torch.tensor(int(done.is_file())))) == shards.world:
+        return RowFile(done)
+    with tqdm(total=n // shards.world, desc=f"Gram matrix {model_id}", disable=hidden) as bar:
+        gram = streamed_gram(computer, file, shards, work, f"gram_{model_id}", memory, bar)
+    factor = computer.decompose(gram, n, k, scale=scale)
+    whole = file.rows().to(computer.device, torch.float64) if k > n else None
+    cancellation: list[Tensor] = []
+
+    def parts(step: int) -> Iterator[Tensor]:
+        for start in range(0, len(targets), step):
+            part = computer.solve(factor, targets[start : start + step], whole)
+            if whole is None:
+                cancellation.append(computer.cancellation(gram, part).cpu())
+            yield part
+        if cancellation:
+            work.keep(f"cancellation_{model_id}", {"values": torch.cat(cancellation)})
+
+    shape = (len(targets), min(n, k))
+    found = _kept(work, model_id, shape, parts(max(1, memory // (40 * k))))
+    work.drop(f"gram_{model_id}")
+    return found
+
+
+def _plain(targets: Tensor, method: str, scale: float) -> Tensor:
+    """What training rows are multiplied with for the baselines."""
+    refuse_targets(targets)
+    found = targets.double()
+    found /= found.norm(dim=1, keepdim=True) if method == "cosine" else scale**2
+    if not bool(torch.isfinite(found.float()).all()):
+        raise GramError("scores leave the range of float32: the gradients are too large or small")
+    return found
+
+
+def _kept(
+    work: Progress, model_id: int, shape: tuple[int, int], parts: Iterable[Tensor]
+) -> RowFile:
+    """Write rows to a file, which is there when it is whole."""
+    done = work.folder / f"solved_{model_id}.npy"
+    beside = done.with_suffix(".part")
+    kept, written = np.lib.format.open_memmap(beside, "w+", np.float64, shape), 0
+    for part in parts:
+        kept[written : written + len(part)] = part.cpu().numpy()
+        written += len(part)
+    kept.flush()
+    del kept
+    os.replace(beside, done)
+    return RowFile(done)
+
+
+def _best(
+    rows: Mapping[int, RowFile],
+    solved: Mapping[int, RowFile],
+    weight: Tensor,
+    k: int,
+    method: str,
+    shards: Shards,
+    work: Progress,
+    memory: int,
+    computer: DampedScoreComputer,
+    hidden: bool,
+) -> list[Largest]:
+    """The largest scores of this process's rows, for some targets at a time."""
+    count = len(next(iter(solved.values())))
+    n, device = shards.stop - shards.start, torch.device(computer.device)
+    widest = max(matrix.shape[1] for matrix in rows.values())
+    step = max(1, min(count, memory // (16 * widest * len(rows))))
+    enlarged = [work.load(f"cancellation_{m}") for m in rows]
+    result = []
+    with tqdm(total=count * n, desc="Scoring", disable=hidden) as bar:
         for start in range(0, count, step):
+            worst = [float(e["values"][start : start + step].max()) for e in enlarged if e]
+            exact = max(worst, default=0.0) > _CANCELLATION
+            dtype = torch.float64 if exact else torch.float32
             few = {
-                m: file.rows(start, start + step).to(computer.device) for m, file in solved.items()
+                m: file.rows(start, start + step).to(device, dtype) for m, file in solved.items()
             }
-            top = _Best(len(next(iter(few.values()))), k, computer.device)
-            for first in range(0, n, block):
-                last = min(first + block, n)
-                total: Tensor | None = None
-                for m, matrix in rows.items():
-                    if matrix.shape[1] > len(matrix):
-                        product = few[m][:, first:last].T.clone()
-                    else:
-                        read = matrix.rows(first, last).to(computer.device, torch.float32)
-                        product = read @ few[m].T
-                    total = product if total is None else total + product
-                assert total is not None
-                top.add(total.mul_(weight[first:last].to(computer.device)), first)
-                bar.update((last - first) * top.targets)
-            best.append(top)
-        bar.close()
-    indices = torch.cat([top.indices for top in best]).cpu().numpy()
-    values = torch.cat([top.values for top in best]).cpu().numpy()
-    return indices, np.float32(sign) * values
+            size = len(next(iter(few.values())))
+            block = memory // (2 * (4 * widest + dtype.itemsize * (widest + 2 * size)))
+            block = max(1, min(block, n + PIECE - 1) // PIECE) * PIECE
+            best, name = Largest(size, k, device, dtype), f"best_{start}"
+            first = shards.start
+            kept = work.load(name)
+            if kept is not None:
+                best.values, best.indices = kept["values"].to(device), kept["indices"].to(device)
+                first = int(kept["next"])
+                best.seen = first - shards.start
+                bar.update(size * best.seen)
+            product = torch.empty(size, block, dtype=dtype, device=device)
+            sums = _products(rows, few, weight, method, product, first, shards.stop)
+            for at, length in sums:
+                filled = -(-length // PIECE) * PIECE
+                product[:, length:filled] = -math.inf
+                best.add(product[:, :filled], at)
+                bar.update(size * length)
+                if work.due(name, 5.0 if at + length == shards.stop else None):
+                    best.settle()
+                    done = torch.tensor(at + length)
+                    work.keep(name, {"values": best.values, "indices": best.indices, "next": done})
+            best.settle()
+            result.append(best)
+    return result
 
 
-class _Best:
-    """The largest scores of each target so far.
+def _products(
+    rows: Mapping[int, RowFile],
+    few: Mapping[int, Tensor],
+    weight: Tensor,
+    method: str,
+    product: Tensor,
+    first: int,
+    stop: int,
+) -> Iterator[tuple[int, int]]:
+    """Fill ``product`` with scores, a block of rows at a time; yields its first row and length."""
+    block = product.shape[1]
+    # What few holds of the others, whose dual form was solved, are scores already.
+    readers = {
+        m: file.blocks(block, first, stop)
+        for m, file in rows.items()
+        if method != "influence" or file.shape[1] <= file.shape[0]
+    }
+    widest = max((rows[m].shape[1] for m in readers), default=0)
+    space = torch.empty(block * widest, dtype=product.dtype, device=product.device)
+    for at in range(first, stop, block):
+        length = min(block, stop - at)
+        out, factors = product[:, :length], weight[at : at + length].to(product.device)
+        for i, (m, target) in enumerate(few.items()):
+            if m not in readers:
+                part = target[:, at : at + length] * factors
+                out.copy_(part) if i == 0 else out.add_(part)
+                continue
+            read = next(readers[m])[1].to(product.device)
+            by = factors if method == "influence" else _plain_weights(read, factors, method, at)
+            # Rows are converted anyway, so multiplying them with their weights costs nothing.
+            scaled = space[: read.numel()].view(read.shape)
+            torch.mul(read, by.unsqueeze(1), out=scaled)
+            if i == 0:
+                torch.mm(target, scaled.T, out=out)
+            else:
+                out.addmm_(target, scaled.T)
+        yield at, length
 
-    Args:
-        targets: number of targets.
-        k: how many to keep.
-        device: where.
-    """
 
-    def __init__(self, targets: int, k: int, device: Any) -> None:
-        self.targets, self.k = targets, k
-        self.values = torch.empty(targets, 0, device=device)
-        self.indices = torch.empty(targets, 0, dtype=torch.int64, device=device)
+def _plain_weights(read: Tensor, factors: Tensor, method: str, first: int) -> Tensor:
+    """Weights of rows for the baselines, which no Gram matrix has checked."""
+    norms = torch.linalg.vector_norm(read, dim=1, dtype=torch.float32)
+    if not bool(torch.isfinite(norms).all()):
+        bad = (first + torch.nonzero(~torch.isfinite(norms)).flatten()).tolist()
+        raise GramError(f"compressed gradients of samples {bad[:10]} are NaN or infinite")
+    return factors / norms.clamp_min(torch.finfo().tiny) if method == "cosine" else factors
 
-    def add(self, scores: Tensor, first: int) -> None:
-        """Take in scores ``(rows, targets)`` of the training samples from ``first`` on."""
-        if not math.isfinite(float(scores.sum())) and not bool(torch.isfinite(scores).all()):
-            raise GramError("scores leave the range of float32; scale the loss up")
-        full = self.values.shape[1] == self.k
-        if full:
-            # Once there are k, few scores still matter; earlier samples win ties.
-            above = scores > self.values[:, -1]
-            most = int(above.sum(0).max())
-            if most == 0:
-                return
-        else:
-            most = min(self.k, len(scores))
-        values, rows = self._largest(scores, min(most, self.k))
-        both = torch.cat([self.values, values], 1)
-        indices = torch.cat([self.indices, rows + first], 1)
-        order = torch.sort(both, dim=1, descending=True, stable=True).indices[:, : self.k]
-        self.values, self.indices = both.gather(1, order), indices.gather(1, order)
 
-    @staticmethod
-    def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest of each column, ``(targets, k)``, equal ones by row."""
-        values, rows = torch.topk(scores.T, k, dim=1)
-        last = values[:, -1:]
-        tied = (last == scores.T).sum(1) > (values == last).sum(1)
-        for target in torch.nonzero(tied).flatten().tolist():  # topk picks any of equal scores
-            order = torch.sort(scores[:, target], descending=True, stable=True).indices[:k]
-            values[target], rows[target] = scores[order, target], order
-        # Among equal values, ascending rows: sort by row first, then stably by value.
-        by_row = torch.sort(rows, dim=1).indices
-        values, rows = values.gather(1, by_row), rows.gather(1, by_row)
-        by_value = torch.sort(values, dim=1, descending=True, stable=True).indices
-        return values.gather(1, by_value), rows.gather(1, by_value)
+def _merged(best: Sequence[Largest], k: int, shards: Shards) -> tuple[Tensor, Tensor]:
+    """The largest scores over all processes: values and rows, ``(n_targets, k)``."""
+    values, indices = (
+        torch.cat([getattr(b, name) for b in best]) for name in ("values", "indices")
+    )
+    if shards.world == 1:
+        return values, indices
+    missing = (0, k - values.shape[1])  # a process may have fewer rows
+    values = torch.nn.functional.pad(values, missing, value=-math.inf)
+    indices = torch.nn.functional.pad(indices, missing)
+    # Ranks hold ascending rows, so a stable sort keeps equal scores in their order.
+    both, order = torch.sort(torch.cat(shards.all(values), 1), dim=1, descending=True, stable=True)
+    return both[:, :k], torch.cat(shards.all(indices), 1).gather(1, order[:, :k])
 
 
 def _targets(

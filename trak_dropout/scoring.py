@@ -11,17 +11,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from trak import TRAKer
 from trak.score_computers import AbstractScoreComputer
-
-from trak_dropout.store import FeatureFiles, RowFile
 
 _BLOCK_ROWS = 4096
 _FLATNESS = 6.0
@@ -44,6 +38,8 @@ class DampedScoreComputer(AbstractScoreComputer):
             (`automatic_ridge`), unless TRAKer is given a ``lambda_reg``.
         logging_level: accepted for TRAK's interface.
         lambda_reg: TRAK's absolute regularisation, added to the diagonal of ``X^T X``.
+        scale: tells the factor that the gradients at hand were multiplied by before they were
+            stored (`trak_dropout.scaling`), so that ``lambda_reg`` means what it means without.
 
     Raises:
         ValueError: ``damping`` or ``lambda_reg`` is out of range, or both are given.
@@ -56,6 +52,7 @@ class DampedScoreComputer(AbstractScoreComputer):
         damping: float | str = "auto",
         logging_level: int = logging.INFO,
         lambda_reg: float = 0.0,
+        scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
         super().__init__(dtype, device)
         self.damping = check_damping(damping)
@@ -67,12 +64,13 @@ class DampedScoreComputer(AbstractScoreComputer):
                 "both given; leave one at its default"
             )
         self.lambda_reg = float(lambda_reg)
+        self._scale = scale
 
-    def get_xtx(self, grads: Tensor | RowFile) -> Tensor:
+    def get_xtx(self, grads: Tensor) -> Tensor:
         """Compute the Gram matrix.
 
         Args:
-            grads: compressed gradients ``X``, ``(n, k)``; a file is read a few rows at a time.
+            grads: compressed gradients ``X``, ``(n, k)``.
 
         Returns:
             ``X^T X``, ``(k, k)``, or ``X X^T``, ``(n, n)``, where ``k > n``; float64.
@@ -82,21 +80,34 @@ class DampedScoreComputer(AbstractScoreComputer):
         """
         n, k = grads.shape
         if k > n:
-            whole = self._double(next(_blocks(grads, n))[1]) if n else torch.empty(0, k)
-            _refuse_non_finite(whole, 0)
-            gram = whole @ whole.T
+            gram = self.dual_gram(grads)
         else:
             gram = torch.zeros(k, k, dtype=torch.float64, device=self.device)
             for start, block in _blocks(grads):
-                part = self._double(block)
-                _refuse_non_finite(part, start)
-                gram.addmm_(part.T, part)
-        if float(gram.trace()) == 0:
-            raise GramError(
-                "every compressed gradient is zero; if the gradients are tiny, store them with "
-                "use_half_precision=False, and check that the checkpoint is not fully converged"
-            )
+                self.add_to_gram(gram, block, start)
+        refuse_zero(gram)
         return gram
+
+    def add_to_gram(self, gram: Tensor, block: Tensor, start: int) -> None:
+        """Add ``B^T B`` of some rows to ``X^T X``.
+
+        Args:
+            gram: float64 ``(k, k)``, added to in place.
+            block: rows ``(b, k)``.
+            start: number of the first, for messages.
+
+        Raises:
+            GramError: a row is NaN or infinite.
+        """
+        part = self._double(block)
+        _refuse_non_finite(part, start)
+        gram.addmm_(part.T, part)
+
+    def dual_gram(self, grads: Tensor) -> Tensor:
+        """Compute ``X X^T``, float64 ``(n, n)``; raises GramError for rows not finite."""
+        whole = self._double(grads)
+        _refuse_non_finite(whole, 0)
+        return whole @ whole.T
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
         """Compute ``X (X^T X + lambda I)^-1``.
@@ -113,7 +124,7 @@ class DampedScoreComputer(AbstractScoreComputer):
             GramError: the Gram matrix is singular without damping.
         """
         n, k = grads.shape
-        factor = self._factor(xtx, k, n)
+        factor = self.decompose(xtx, n, k)
         if k > n:
             features = torch.cholesky_solve(self._double(grads), factor)
         else:
@@ -144,91 +155,38 @@ class DampedScoreComputer(AbstractScoreComputer):
         Raises:
             GramError: a target's gradient is NaN or infinite.
         """
-        targets = target_grads.to(self.device, torch.float32).T
-        if not bool(torch.isfinite(targets).all()):
-            bad = torch.nonzero(~torch.isfinite(targets).all(dim=0)).flatten().tolist()
-            raise GramError(f"compressed gradients of targets {bad[:10]} are NaN or infinite")
+        targets = target_grads.to(self.device, torch.float32)
+        refuse_targets(targets)
         for start in range(0, len(features), _BLOCK_ROWS):
             block = features[start : start + _BLOCK_ROWS].to(self.device, torch.float32)
-            accumulator[start : start + _BLOCK_ROWS] += (block @ targets).to(accumulator.device)
+            accumulator[start : start + _BLOCK_ROWS] += (block @ targets.T).to(accumulator.device)
 
-    def solver(self, gram: Tensor, grads: Tensor | RowFile) -> Callable[[Tensor], Tensor]:
-        """Decompose once, to solve for targets a few at a time.
+    def decompose(
+        self,
+        gram: Tensor,
+        n: int,
+        k: int,
+        *,
+        damping: float | str | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Compute the Cholesky factor of the damped Gram matrix.
 
         Args:
-            gram: what `get_xtx` returned for ``grads``.
-            grads: compressed training gradients ``X``, ``(n, k)``.
+            gram: what `get_xtx` returned for ``(n, k)`` gradients; not changed.
+            n: number of samples.
+            k: number of columns.
+            damping: relative damping in place of the computer's own.
+            scale: the factor of the stored gradients, where ``scale`` of the constructor cannot
+                tell.
 
         Returns:
-            A function of compressed target gradients ``T``, ``(m, k)``. Where ``k <= n`` it returns
-            ``T (X^T X + lambda I)^-1``, ``(m, k)``, whose product with a training row is the score;
-            else the scores themselves, ``T (X^T X + lambda I)^-1 X^T``, ``(m, n)``. Both float32.
-            It raises GramError where a target is NaN or infinite, or a result leaves float32.
+            float64, lower triangular.
 
         Raises:
             GramError: the Gram matrix is singular without damping.
         """
-        n, k = grads.shape
-        factor = self._factor(gram, k, n)
-        whole = self._double(next(_blocks(grads, n))[1]) if k > n else None
-
-        def solve(targets: Tensor) -> Tensor:
-            right = self._double(targets).T
-            if not bool(torch.isfinite(right).all()):
-                bad = torch.nonzero(~torch.isfinite(right).all(dim=0)).flatten().tolist()
-                raise GramError(f"compressed gradients of targets {bad[:10]} are NaN or infinite")
-            # In the dual form, X (X^T X + l)^-1 = (X X^T + l)^-1 X.
-            right = right if whole is None else whole @ right
-            result = torch.cholesky_solve(right, factor).T.to(torch.float32)
-            if not bool(torch.isfinite(result).all()):
-                raise GramError(
-                    "scores leave the range of float32: the compressed gradients are too small "
-                    f"(trace of the Gram matrix {float(gram.trace()):.1e}); scale the loss up"
-                )
-            return result
-
-        return solve
-
-    def get_leverages(self, grads: Tensor | RowFile) -> Tensor:
-        """Compute ``x_i^T (X^T X + lambda I)^-1 x_i`` for each row.
-
-        Args:
-            grads: compressed gradients ``X``, ``(n, k)``; a file is read a few rows at a time.
-
-        Returns:
-            float64 ``(n,)``.
-
-        Raises:
-            GramError: as for `get_xtx` and `get_x_xtx_inv`.
-        """
-        n, k = grads.shape
-        gram = self.get_xtx(grads)
-        factor = self._factor(gram, k, n)
-        if k > n:  # x_i^T (X^T X + l)^-1 x_i = [(X X^T + l)^-1 X X^T]_ii
-            return torch.cholesky_solve(gram, factor).diagonal().clone()
-        return torch.cat(
-            [
-                torch.linalg.solve_triangular(factor, self._double(block).T, upper=False)
-                .square()
-                .sum(0)
-                for _, block in _blocks(grads)
-            ]
-        )
-
-    def _double(self, block: Tensor) -> Tensor:
-        return block.to(self.device, torch.float64)
-
-    def _factor(self, gram: Tensor, k: int, n: int) -> Tensor:
-        """The Cholesky factor of the damped Gram matrix."""
-        trace = float(gram.trace())
-        if self.lambda_reg:
-            ridge = self.lambda_reg
-        else:
-            ridge = (
-                automatic_ridge(gram, n)
-                if self.damping == "auto"
-                else float(self.damping) * trace / k
-            )
+        ridge = self.ridge(gram, n, k, damping, scale)
         damped = gram.clone()
         damped.diagonal().add_(ridge)
         factor, info = torch.linalg.cholesky_ex(damped)
@@ -237,19 +195,181 @@ class DampedScoreComputer(AbstractScoreComputer):
         pivots = factor.diagonal().square()
         floor = len(gram) * torch.finfo(torch.float64).eps * float(damped.diagonal().max())
         if int(info) or rank_deficient or bool((pivots <= floor).any()):
-            raise GramError(
-                f"the Gram matrix of {n} samples and {k} columns is singular with "
-                f"damping={self.damping!r}, lambda_reg={self.lambda_reg!r}: some columns are zero "
-                "for every sample or depend on others; use damping='auto' or a positive damping"
-            )
+            raise self._singular(n, k, damping)
         return factor
 
+    def solve(self, factor: Tensor, targets: Tensor, whole: Tensor | None = None) -> Tensor:
+        """Solve for targets.
 
-def _blocks(grads: Tensor | RowFile, rows: int = _BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
+        Args:
+            factor: what `decompose` returned.
+            targets: compressed gradients ``T``, ``(m, k)``.
+            whole: the training gradients ``X`` where ``k > n``, in float64 on the device.
+
+        Returns:
+            ``T (X^T X + lambda I)^-1``, ``(m, k)``, whose product with a training row is the score;
+            or with ``whole`` the scores themselves, ``T (X^T X + lambda I)^-1 X^T``, ``(m, n)``.
+            Both float64.
+
+        Raises:
+            GramError: a target is NaN or infinite, or a result leaves float32.
+        """
+        right = self._double(targets)
+        refuse_targets(right)
+        # In the dual form, X (X^T X + l)^-1 = (X X^T + l)^-1 X.
+        right = right.T if whole is None else whole @ right.T
+        result = torch.cholesky_solve(right, factor).T
+        if not bool(torch.isfinite(result.float()).all()):
+            raise GramError(
+                "scores leave the range of float32: the compressed gradients are too small "
+                f"(largest pivot {float(factor.diagonal().max()):.1e}); scale the loss up"
+            )
+        return result
+
+    @staticmethod
+    def cancellation(gram: Tensor, solved: Tensor) -> Tensor:
+        """Estimate by how much rounding errors of products with training rows are enlarged.
+
+        With little damping most of ``d = (X^T X + lambda I)^-1 t`` may lie where no training row
+        has anything, and must cancel in the products. Their size is ``sqrt(d^T G d / n)``, that of
+        their rounding errors, in units of the precision, ``|d| sqrt(trace(G) / n) / sqrt(k)``.
+
+        Args:
+            gram: ``G = X^T X``, ``(k, k)``.
+            solved: rows ``d``, ``(m, k)``.
+
+        Returns:
+            The ratio of the two, float64 ``(m,)``; 1 where no direction is special.
+        """
+        size = ((solved @ gram) * solved).sum(1).clamp_min(0)
+        rounding = solved.square().sum(1) * gram.trace() / len(gram)
+        return (rounding / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+
+    def leverages(
+        self,
+        gram: Tensor,
+        n: int,
+        k: int,
+        dampings: Sequence[float | str | None] = (None,),
+        scale: float | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """Prepare for ``x^T (X^T X + lambda I)^-1 x`` of rows, where ``k <= n``.
+
+        A single damping takes a Cholesky decomposition, several share the eigenvectors.
+
+        Args:
+            gram: what `get_xtx` returned.
+            n: number of samples.
+            k: number of columns.
+            dampings: relative dampings; None for the computer's own.
+            scale: as for `decompose`.
+
+        Returns:
+            A function of rows ``(b, k)`` that returns float64 ``(len(dampings), b)``.
+
+        Raises:
+            GramError: the Gram matrix is singular without damping.
+        """
+        if len(dampings) == 1:
+            factor = self.decompose(gram, n, k, damping=dampings[0], scale=scale)
+            return lambda rows: (
+                torch.linalg.solve_triangular(factor, self._double(rows).T, upper=False)
+                .square()
+                .sum(0, keepdim=True)
+            )
+        weights, vectors = self._spectrum(gram, n, k, dampings, scale)
+        return lambda rows: weights @ (self._double(rows) @ vectors).square().T
+
+    def dual_leverages(
+        self,
+        gram: Tensor,
+        n: int,
+        k: int,
+        dampings: Sequence[float | str | None] = (None,),
+        scale: float | None = None,
+    ) -> Tensor:
+        """Compute ``x^T (X^T X + lambda I)^-1 x`` of all rows, where ``k > n``.
+
+        Args:
+            gram: what `get_xtx` returned, ``X X^T``.
+            n: number of samples.
+            k: number of columns.
+            dampings: as for `leverages`.
+            scale: as for `decompose`.
+
+        Returns:
+            float64 ``(len(dampings), n)``.
+
+        Raises:
+            GramError: the Gram matrix is singular without damping.
+        """
+        if len(dampings) == 1:  # they are [(X X^T + l)^-1 X X^T]_ii
+            factor = self.decompose(gram, n, k, damping=dampings[0], scale=scale)
+            return torch.cholesky_solve(gram, factor).diagonal().clone().unsqueeze(0)
+        weights, vectors = self._spectrum(gram, n, k, dampings, scale)
+        rows = gram @ vectors  # of X, in terms of its left singular vectors times values squared
+        return weights @ (rows * vectors).T
+
+    def _spectrum(
+        self,
+        gram: Tensor,
+        n: int,
+        k: int,
+        dampings: Sequence[float | str | None],
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """``1 / (e + lambda)`` for each damping, and the eigenvectors."""
+        values, vectors = torch.linalg.eigh(gram)
+        floor = len(gram) * torch.finfo(torch.float64).eps * float(values[-1])
+        weights = []
+        for damping in dampings:
+            ridge = self.ridge(gram, n, k, damping, scale)
+            damped = values.clamp_min(0) + ridge
+            if (k > n and ridge == 0) or bool((damped <= floor).any()):
+                raise self._singular(n, k, damping)
+            weights.append(1 / damped)
+        return torch.stack(weights), vectors
+
+    def ridge(
+        self,
+        gram: Tensor,
+        n: int,
+        k: int,
+        damping: float | str | None = None,
+        scale: float | None = None,
+    ) -> float:
+        """Compute what is added to the diagonal of the Gram matrix.
+
+        Args:
+            gram: what `get_xtx` returned.
+            n: number of samples.
+            k: number of columns.
+            damping: relative damping in place of the computer's own.
+            scale: as for `decompose`.
+        """
+        if damping is None and self.lambda_reg:
+            return self.lambda_reg * (self._scale() if scale is None else scale) ** 2
+        damping = self.damping if damping is None else check_damping(damping)
+        if damping == "auto":
+            return automatic_ridge(gram, n)
+        return float(damping) * float(gram.trace()) / k
+
+    def _double(self, block: Tensor) -> Tensor:
+        return block.to(self.device, torch.float64)
+
+    def _singular(self, n: int, k: int, damping: float | str | None) -> GramError:
+        used = self.damping if damping is None else damping
+        return GramError(
+            f"the Gram matrix of {n} samples and {k} columns is singular with "
+            f"damping={used!r}, lambda_reg={self.lambda_reg!r}: some columns are zero "
+            "for every sample or depend on others; use damping='auto' or a positive damping"
+        )
+
+
+def _blocks(grads: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Rows a few at a time, with the number of the first."""
-    for start in range(0, len(grads), rows):
-        stop = start + rows
-        yield start, grads[start:stop] if isinstance(grads, Tensor) else grads.rows(start, stop)
+    for start in range(0, len(grads), _BLOCK_ROWS):
+        yield start, grads[start : start + _BLOCK_ROWS]
 
 
 def _refuse_non_finite(block: Tensor, start: int) -> None:
@@ -257,6 +377,22 @@ def _refuse_non_finite(block: Tensor, start: int) -> None:
         bad = (start + torch.nonzero(~torch.isfinite(block).all(dim=1)).flatten()).tolist()
         if bad:
             raise GramError(f"compressed gradients of samples {bad[:10]} are NaN or infinite")
+
+
+def refuse_targets(targets: Tensor) -> None:
+    """Raise GramError where a target's compressed gradient, a row, is NaN or infinite."""
+    if not bool(torch.isfinite(targets).all()):
+        bad = torch.nonzero(~torch.isfinite(targets).all(dim=1)).flatten().tolist()
+        raise GramError(f"compressed gradients of targets {bad[:10]} are NaN or infinite")
+
+
+def refuse_zero(gram: Tensor) -> None:
+    """Raise GramError where a Gram matrix is zero."""
+    if float(gram.trace()) == 0:
+        raise GramError(
+            "every compressed gradient is zero; if the gradients are tiny, store them with "
+            "use_half_precision=False, and check that the checkpoint is not fully converged"
+        )
 
 
 def automatic_ridge(gram: Tensor, n: int) -> float:
@@ -288,64 +424,3 @@ def check_damping(damping: float | str) -> float | str:
     if isinstance(damping, str | bool) or not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"damping must be 'auto' or a number not below 0, got {damping!r}")
     return float(damping)
-
-
-def files_and_computer(
-    store_or_traker: FeatureFiles | TRAKer, damping: float | str | None
-) -> tuple[FeatureFiles, DampedScoreComputer]:
-    """Return the files of a store or a TRAKer, and the score computer to use with them.
-
-    Args:
-        store_or_traker: a store, or a TRAKer.
-        damping: relative damping; when None, that of the TRAKer's `DampedScoreComputer`, else
-            ``"auto"``.
-
-    Raises:
-        TypeError: it is neither a store nor a TRAKer.
-    """
-    own = None
-    if isinstance(store_or_traker, FeatureFiles):
-        files = store_or_traker
-    elif isinstance(store_or_traker, TRAKer):
-        files, own = FeatureFiles(store_or_traker.save_dir), store_or_traker.score_computer
-    else:
-        raise TypeError(f"store_or_traker must be a store or a TRAKer, got {store_or_traker!r}")
-    if damping is None and isinstance(own, DampedScoreComputer):
-        return files, own
-    return files, DampedScoreComputer(damping="auto" if damping is None else damping)
-
-
-def self_influence(
-    store_or_traker: FeatureFiles | TRAKer,
-    model_ids: Iterable[int] | None = None,
-    damping: float | str | None = None,
-) -> NDArray[np.float64]:
-    """Compute the influence of each training sample on itself.
-
-    The diagonal of the score matrix whose targets are the training samples: the mean over
-    checkpoints of ``x_i^T (X^T X + lambda I)^-1 x_i`` times the mean out-to-loss gradient, as
-    TRAK averages. Large where the model had to bend for the sample: mislabeled and atypical
-    samples come first.
-
-    Args:
-        store_or_traker: a store, or a TRAKer that has featurized its training set.
-        model_ids: the checkpoints to average; all complete ones when None.
-        damping: relative damping; when None, that of the TRAKer's `DampedScoreComputer`, else
-            ``"auto"``.
-
-    Returns:
-        float64 ``(n_train,)``.
-
-    Raises:
-        IncompleteStoreError: a checkpoint is not completely featurized, or there is none.
-        GramError: the Gram matrix is all zero, not finite, or singular without damping.
-    """
-    files, computer = files_and_computer(store_or_traker, damping)
-    leverages: Any = 0.0
-    out_to_loss: Any = 0.0
-    chosen = files.choose(model_ids)
-    for model_id in chosen:
-        found = computer.get_leverages(files.file(model_id, "grads"))
-        leverages = leverages + found.cpu().numpy()
-        out_to_loss = out_to_loss + files.out_to_loss(model_id)[:, 0].astype(np.float64)
-    return leverages / len(chosen) * (out_to_loss / len(chosen))

@@ -33,6 +33,8 @@ from trak_dropout._files import replacing, write_json
 from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout.masks import Layout
 from trak_dropout.projector import DropoutProjector
+from trak_dropout.rowfile import IncompleteStoreError, RowFile
+from trak_dropout.scaling import StorageScales
 from trak_dropout.statistics import GradientStatistics
 
 FORMAT_VERSION = 1
@@ -41,10 +43,6 @@ MANIFEST = "manifest.json"
 
 class StoreMismatchError(ValueError):
     """A store on disk belongs to other settings than those given."""
-
-
-class IncompleteStoreError(ValueError):
-    """What was asked of a store has not been collected."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +176,12 @@ class ManifestSaver(MmapSaver):
         self.manifest = _claim(root, self.settings)
         self._projector = projector
         _share_statistics(root, self.manifest, projector)
+        self._scales = (
+            StorageScales(projector.grad_dim**0.5, _scales(self.manifest), self._choose_scale)
+            if use_half_precision
+            else None
+        )
+        projector.scales = self._scales
         super().__init__(
             save_dir=root,
             metadata=metadata,
@@ -223,6 +227,54 @@ class ManifestSaver(MmapSaver):
         if transient:
             save_tensors(_weights_file(self.save_dir, model_id, "transient"), transient)
         save_tensors(_weights_file(self.save_dir, model_id), weights)
+
+    def load_current_store(self, model_id: int, *args: Any, **options: Any) -> None:
+        """Open a checkpoint's files, as for TRAK's savers.
+
+        Args:
+            model_id: the checkpoint.
+            *args: as for TRAK's savers.
+            **options: as for TRAK's savers.
+        """
+        super().load_current_store(model_id, *args, **options)
+        self._projector.scales = self._scales  # another store may have used the projector since
+        if self._scales is None:
+            return
+        self._scales.current = model_id
+        done = self.current_store["is_featurized"]
+        facts = self.manifest["model_ids"].get(str(model_id), {})
+        if facts.pop("rescaling", None) is not None:
+            # A crash left rows of two scales: they are computed again.
+            done[:] = 0
+            self._write_manifest()
+        if done.all():  # stores of earlier versions have no factors
+            self._scales.factors.setdefault(model_id, 1.0)
+
+    def _choose_scale(self, model_id: int, factor: float, before: float | None) -> None:
+        """Record a checkpoint's factor before anything is stored with it."""
+        facts = self.manifest["model_ids"].setdefault(str(model_id), {})
+        written = self.current_store["is_featurized"][:] == 1
+        if model_id != self.current_model_id or written.all():
+            raise ValueError(
+                f"gradients of targets for model_id={model_id} do not fit the float16 store: they "
+                f"would need the factor {factor:g}, its training gradients have {before}; "
+                "featurize again with use_half_precision=False"
+            )
+        if written.any():
+            self._rescale(facts, factor / (1.0 if before is None else before))
+        facts["scale"] = factor
+        self._write_manifest()
+
+    def _rescale(self, facts: dict[str, Any], by: float) -> None:
+        """Multiply the rows written so far; a crash meanwhile leaves a mark in the manifest."""
+        facts["rescaling"] = by
+        self._write_manifest()
+        grads = self.current_store["grads"]
+        for start in range(0, len(grads), 4096):
+            rows = slice(start, start + 4096)
+            np.ndarray.__setitem__(grads, rows, (grads[rows].astype(np.float32) * by))
+        grads.flush()
+        del facts["rescaling"]
 
     def is_complete(self, model_id: int) -> bool:
         """Whether all training samples of a checkpoint are featurized."""
@@ -287,46 +339,6 @@ def _storable(value: Any, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
     return stored
 
 
-class RowFile:
-    """A matrix in a file, read a few rows at a time, none of which stay in memory.
-
-    A memory map would be simpler, but every page that is read counts as memory of the process.
-
-    Args:
-        file: in NumPy's format.
-
-    Raises:
-        IncompleteStoreError: the file is missing, damaged, cut short, or no matrix.
-    """
-
-    def __init__(self, file: Path) -> None:
-        if not file.is_file():
-            raise IncompleteStoreError(f"{file} does not exist")
-        try:
-            mapped = np.load(file, mmap_mode="r")
-        except ValueError as error:
-            raise IncompleteStoreError(f"{file} is damaged or cut short: {error}") from error
-        if mapped.ndim != 2 or not mapped.flags.c_contiguous or mapped.dtype.kind != "f":
-            raise IncompleteStoreError(f"{file} holds no matrix of numbers, row after row")
-        self.file, self.dtype = file, mapped.dtype
-        self.shape: tuple[int, int] = mapped.shape
-        self._offset: int = mapped.offset
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read rows ``start`` to ``stop``, all when not given, as a tensor ``(b, columns)``."""
-        stop = len(self) if stop is None else min(stop, len(self))
-        count, width = max(0, stop - start), self.shape[1]
-        with self.file.open("rb") as stream:
-            stream.seek(self._offset + start * width * self.dtype.itemsize)
-            values = np.fromfile(stream, self.dtype, count * width)
-        if len(values) != count * width:
-            raise IncompleteStoreError(f"{self.file} has become shorter while it was read")
-        return torch.from_numpy(values.reshape(count, width))
-
-
 class FeatureFiles:
     """Read access to a directory in TRAK's layout, whoever wrote it.
 
@@ -382,6 +394,15 @@ class FeatureFiles:
     def grads(self, model_id: int) -> NDArray[np.floating[Any]]:
         """Compressed training gradients, ``(n_train, proj_dim)``, memory-mapped read-only."""
         return self._open(model_id, "grads")
+
+    def scale(self, model_id: int) -> float:
+        """The factor that a checkpoint's stored gradients were multiplied by.
+
+        A power of two, 1 unless they are stored in float16 and would not fit; see `scaling`.
+        """
+        if not (self.save_dir / MANIFEST).is_file():
+            return 1.0
+        return _scales(_read_manifest(self.save_dir)).get(model_id, 1.0)
 
     def out_to_loss(self, model_id: int) -> NDArray[np.floating[Any]]:
         """Out-to-loss gradients, ``(n_train, 1)``, memory-mapped read-only."""
@@ -468,7 +489,10 @@ class Store(FeatureFiles):
             StoreMismatchError: statistics are missing, or not those of the manifest.
         """
         projector = self.settings.projector(device)
-        _share_statistics(self.save_dir, self.manifest, projector)
+        manifest = self.manifest
+        _share_statistics(self.save_dir, manifest, projector)
+        if self.settings.dtype == "float16":
+            projector.scales = StorageScales(projector.grad_dim**0.5, _scales(manifest))
         return projector
 
     def describe(self, model_id: int) -> dict[str, Any]:
@@ -592,6 +616,13 @@ def _claim(root: Path, settings: StoreSettings) -> dict[str, Any]:
     }
     write_json(root / MANIFEST, manifest)
     return manifest
+
+
+def _scales(manifest: Mapping[str, Any]) -> dict[int, float]:
+    """The factor of each checkpoint that has one."""
+    return {
+        int(m): facts["scale"] for m, facts in manifest["model_ids"].items() if "scale" in facts
+    }
 
 
 def _statistics_key(model_id: int | None) -> str:
