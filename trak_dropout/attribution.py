@@ -24,7 +24,7 @@ from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
 from trak_dropout.gradients import BatchError, FactoredGradientComputer
 from trak_dropout.outputs import resolve_task, task_name
 from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
-from trak_dropout.scoring import DampedScoreComputer
+from trak_dropout.scoring import DampedScoreComputer, check_damping
 from trak_dropout.store import Store, StoreMismatchError
 from trak_dropout.streaming import self_influence
 
@@ -135,7 +135,7 @@ class AttributionStore(Store):
         model: nn.Module | None = None,
         *,
         model_ids: Iterable[int] | None = None,
-        damping: float | str = "auto",
+        damping: float | str | Sequence[float | str] = "auto",
         progress: bool = True,
     ) -> NDArray[np.float32]:
         """Score every training sample for every target.
@@ -146,13 +146,15 @@ class AttributionStore(Store):
             model: a model of the architecture that was trained, where none was given before.
                 Its weights and mode are as before afterwards.
             model_ids: the checkpoints to average; all complete ones when None.
-            damping: relative damping, as for `DampedScoreComputer`.
+            damping: relative damping, as for `DampedScoreComputer`; several in a list share the
+                gradients and the Gram matrix.
             progress: whether to show a progress bar.
 
         Returns:
             float32 ``(n_train, n_targets)``; positive where the training sample raises the
             target's output, such as the margin of its class. To the bit what ``TRAKer`` with
-            the four plugs gives for the same checkpoints in float32.
+            the four plugs gives for the same checkpoints in float32. With several dampings
+            ``(len(damping), n_train, n_targets)``, which agree with single ones to rounding.
 
         Raises:
             BatchError: the task cannot take the targets, or there are none.
@@ -161,15 +163,26 @@ class AttributionStore(Store):
             ValueError: no model or task is known.
         """
         chosen = self.choose(model_ids)
+        one: float | str = "auto"
+        dampings: list[float | str] | None = None
+        if isinstance(damping, str | int | float):
+            one = damping
+        elif not (dampings := [check_damping(value) for value in damping]):
+            raise ValueError("damping is an empty list; give at least one value")
         scores: Tensor | float = 0.0
         out_to_loss: Any = 0.0
         for model_id, targets in self._featurized(loader, model, chosen, progress):
-            computer = DampedScoreComputer(torch.float32, targets.device, damping)
+            computer = DampedScoreComputer(torch.float32, targets.device, one)
             grads = torch.from_numpy(np.array(self.grads(model_id))).to(targets.device)
-            features = computer.get_x_xtx_inv(grads, computer.get_xtx(grads))
+            gram = computer.get_xtx(grads)
             if isinstance(scores, float):
-                scores = torch.zeros(len(grads), len(targets))
-            computer.get_scores(features, targets, scores)
+                shape = (len(grads), len(targets))
+                scores = torch.zeros(shape if dampings is None else (len(dampings), *shape))
+            if dampings is None:
+                computer.get_scores(computer.get_x_xtx_inv(grads, gram), targets, scores)
+            else:
+                for value, total in zip(dampings, scores, strict=True):
+                    total += computer.scores(grads, gram, targets, value).to(total)
             out_to_loss = out_to_loss + self.out_to_loss(model_id).astype(np.float32)
         assert isinstance(scores, Tensor)
         return (scores.numpy() / float(len(chosen))) * (out_to_loss / float(len(chosen)))

@@ -226,6 +226,30 @@ class DampedScoreComputer(AbstractScoreComputer):
             )
         return result
 
+    def scores(
+        self, grads: Tensor, gram: Tensor, targets: Tensor, damping: float | str | None = None
+    ) -> Tensor:
+        """Compute the scores of one checkpoint, in double precision.
+
+        Args:
+            grads: compressed training gradients ``X``, ``(n, k)``.
+            gram: what `get_xtx` returned for them.
+            targets: compressed gradients ``T``, ``(m, k)``.
+            damping: relative damping in place of the computer's own.
+
+        Returns:
+            ``X (X^T X + lambda I)^-1 T^T``, float64 ``(n, m)``.
+
+        Raises:
+            GramError: a target is not finite, or the Gram matrix is singular without damping.
+        """
+        n, k = grads.shape
+        factor = self.decompose(gram, n, k, damping=damping)
+        if k > n:
+            return self.solve(factor, targets, self._double(grads)).T
+        solved = self.solve(factor, targets).T
+        return torch.cat([self._double(block) @ solved for _, block in _blocks(grads)])
+
     @staticmethod
     def cancellation(gram: Tensor, solved: Tensor) -> Tensor:
         """Estimate by how much rounding errors of products with training rows are enlarged.

@@ -1,0 +1,24 @@
+"""Scores of new targets from a store that the callback wrote."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import loader, target_set
+from test_lightning import fit
+
+
+@pytest.mark.parametrize("columns", [48, 400])  # 400 columns of 300 samples: the dual form
+def test_several_dampings_are_those_one_by_one(tmp_path: Path, columns: int) -> None:
+    collector, _, _ = fit(tmp_path, proj_dim=columns)
+    dampings = [0.01, "auto", 2]
+    targets = loader(target_set())
+    together = collector.store.attribute(targets, damping=dampings, progress=False)
+    assert together.shape == (3, 300, 20)
+    assert together.dtype == np.float32
+    for damping, scores in zip(dampings, together, strict=True):
+        one = collector.attribute(targets, damping=damping, progress=False)
+        np.testing.assert_allclose(scores, one, atol=1e-4 * np.abs(one).max())
+    for wrong, words in (([], "empty list"), ([0.1, -1], "damping must be"), (True, "damping")):
+        with pytest.raises(ValueError, match=words):
+            collector.store.attribute(targets, damping=wrong, progress=False)
