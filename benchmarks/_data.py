@@ -1,6 +1,6 @@
 """Real data: images, and text of sources found on the machine or fetched where there is a network.
 
-Nothing here is made up: a source that is not there raises `Missing`, which says how to get it.
+Nothing here is made up: a source that is not there raises `MissingError`, which says how to get it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGES = Path(sysconfig.get_path("purelib"))
 _ENOUGH = 600_000  # characters read of a source; a quarter of it from any one file
 
 
-class Missing(RuntimeError):
+class MissingError(RuntimeError):
     """Data that is not on this machine, and how to get it."""
 
 
@@ -69,7 +69,7 @@ def hub_text(dataset: str, name: str, part: str, *columns: str) -> list[tuple]:
 
         rows = load_dataset(dataset, name, split=part)
     except Exception as error:
-        raise Missing(
+        raise MissingError(
             f"{dataset}/{name} needs a network and `pip install datasets` ({type(error).__name__})"
         ) from error
     return list(zip(*(rows[column] for column in columns), strict=True))
@@ -82,7 +82,7 @@ def _torchvision(name: str, train: bool) -> object:
         folder = Path.home() / ".cache" / "torchvision"
         return getattr(torchvision.datasets, name)(folder, train, download=True)
     except Exception as error:
-        raise Missing(
+        raise MissingError(
             f"{name} needs torchvision and a network ({type(error).__name__}); Fashion-MNIST is "
             "also Debian's dataset-fashion-mnist"
         ) from error
@@ -146,7 +146,7 @@ def source_text(name: str, characters: int = _ENOUGH) -> str:
         characters: how much to read.
 
     Raises:
-        Missing: there is less than a tenth of it.
+        MissingError: there is less than a tenth of it.
     """
     parts: list[str] = []
     length = 0
@@ -157,7 +157,7 @@ def source_text(name: str, characters: int = _ENOUGH) -> str:
         if length >= characters:
             break
     if length < characters / 10:
-        raise Missing(f"too little text of {name!r} on this machine: {length} characters")
+        raise MissingError(f"too little text of {name!r} on this machine: {length} characters")
     return "\n".join(parts)[:characters]
 
 
@@ -169,20 +169,20 @@ def sources(count: int, characters: int) -> dict[str, str]:
         characters: how much text each must have.
 
     Raises:
-        Missing: there are fewer than six.
+        MissingError: there are fewer than six.
     """
     found: dict[str, str] = {}
     for name in SOURCES:
         try:
             text = source_text(name, characters)
-        except Missing:
+        except MissingError:
             continue
         if len(text) >= characters:
             found[name] = text
         if len(found) == count:
             break
     if len(found) < 6:
-        raise Missing(
+        raise MissingError(
             f"only {len(found)} sources of text found ({', '.join(found)}); "
             "Debian's manpages, bible-kjv-text and doc-rfc-std have more"
         )

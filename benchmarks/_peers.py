@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from _data import Missing
+from _data import MissingError
 from _measure import Measured
 from _settings import Setting
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DATTRI_GRID = (0.3, 1.0)
 # kronfluence's own heuristic is 0.1 of the mean eigenvalue of each layer; others are relative to
 # the mean eigenvalue of all layers.
-EKFAC_GRID: tuple[float | str, ...] = ("heuristic", 0.1, 0.3)
+EKFAC_GRID: tuple[float | str, ...] = ("heuristic", 0.1)
 # dattri's influence function adds an absolute damping to the Hessian of the mean loss.
 ARNOLDI_GRID = (3.0, 10.0)
 _KRYLOV = 40
@@ -44,7 +44,7 @@ def _require(package: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        raise Missing(f"{package} is not installed (benchmarks/_peers.py says how)")
+        raise MissingError(f"{package} is not installed (benchmarks/_peers.py says how)")
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def _dattri_task(problem: Problem, of_output: bool) -> Any:
 
     setting = problem.setting
     if not setting.dense:
-        raise Missing("dattri runs the model under vmap, which this model does not allow")
+        raise MissingError("dattri runs the model under vmap, which this model does not allow")
     model = problem.models[0]
 
     class Call(nn.Module):
@@ -109,7 +109,7 @@ def dattri_trak(problem: Problem, k: int) -> Attribution:
     from dattri.func.projection import random_project
 
     if problem.wanted != "scores":
-        raise Missing("dattri's TRAK has no self-influence")
+        raise MissingError("dattri's TRAK has no self-influence")
     task, target = _dattri_task(problem, of_output=True)
     loaders = _loaders(problem.setting, 250)
     p = sum(parameter.numel() for parameter in problem.models[0].parameters())
@@ -150,7 +150,7 @@ def dattri_arnoldi(problem: Problem, k: int) -> Attribution:
     from dattri.algorithm.influence_function import IFAttributorArnoldi
 
     if problem.wanted != "scores":
-        raise Missing("dattri's influence function would need a run for each training sample")
+        raise MissingError("dattri's influence function would need a run for each training sample")
     task, _ = _dattri_task(problem, of_output=False)
     loaders = _loaders(problem.setting, 250)
     found = Attribution()
@@ -175,7 +175,7 @@ def dattri_arnoldi(problem: Problem, k: int) -> Attribution:
             found.values[damping] = -scores
             found.seconds, found.megabytes = measured.seconds, measured.megabytes
     if not found.values:
-        raise Missing("its scores are not finite at any damping")
+        raise MissingError("its scores are not finite at any damping")
     return found
 
 
@@ -207,7 +207,7 @@ def ekfac(problem: Problem, k: int) -> Attribution:
             return setting.output(model, batch).sum()
 
     if isinstance(setting.task, CausalLMOutput):
-        raise Missing("GPT-NeoX's heads call layers in a way that kronfluence does not track")
+        raise MissingError("GPT-NeoX's heads call layers in a way that kronfluence does not track")
     train, targets = TensorDataset(*setting.train), TensorDataset(*setting.targets)
     found = Attribution()
     total: dict[float | str, Any] = {}

@@ -145,7 +145,7 @@ def small_cnn(n: int = 500, m: int = 100, folder: Path = _data.FASHION_MNIST) ->
     )
 
 
-def fashion_loss(n: int = 1500, m: int = 100, folder: Path = _data.FASHION_MNIST) -> Setting:
+def fashion_loss(n: int = 1000, m: int = 100, folder: Path = _data.FASHION_MNIST) -> Setting:
     """The MLP on Fashion-MNIST with its loss."""
     setting = fashion_mlp(n, m, folder)
     return replace(setting, name="Fashion-MNIST", task=CLASS_LOSS)
@@ -188,7 +188,7 @@ def characters(n: int = 1200, m: int = 100, folder: Path = _data.FASHION_MNIST) 
     )
 
 
-def text_topics(n: int = 400, m: int = 60, folder: Path = _data.FASHION_MNIST) -> Setting:
+def text_topics(n: int = 300, m: int = 60, folder: Path = _data.FASHION_MNIST) -> Setting:
     """MiniLM with adapters tells from which of six sources a passage comes, loss."""
     texts = _data.sources(6, 150_000)
     length, random = 160, torch.Generator().manual_seed(0)
@@ -215,10 +215,10 @@ def text_topics(n: int = 400, m: int = 60, folder: Path = _data.FASHION_MNIST) -
 
 
 def byte_lm(
-    n: int = 900, m: int = 120, folder: Path = _data.FASHION_MNIST, count: int = 8
+    n: int = 600, m: int = 120, folder: Path = _data.FASHION_MNIST, count: int = 6
 ) -> Setting:
     """A GPT-NeoX model of bytes on a mixture of at least six sources of real text, loss."""
-    length = 96
+    length = 64
     texts = _data.sources(count, 300_000)
     random = torch.Generator().manual_seed(0)
     rows, held, origins, held_origins = [], [], [], []
@@ -234,7 +234,7 @@ def byte_lm(
         held_origins.append(torch.full((len(held[-1]),), source))
     return Setting(
         "byte GPT-NeoX",
-        _models.neox(96, 3, 4, 128, length),
+        _models.neox(64, 2, 4, 128, length),
         CausalLMOutput(),
         (torch.cat(rows),),
         (torch.cat(held),),

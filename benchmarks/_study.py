@@ -80,15 +80,29 @@ def cross_fitted(by_damping: Sequence[Mapping[str, float]]) -> list[float]:
     """The value of each seed at the damping that is best on average over the other seeds.
 
     One rule for all methods, so that none is reported at a damping chosen on the value itself.
+    ``"auto"``, which needs no choice, is not among those to choose from.
 
     Args:
         by_damping: for each seed, values by damping; larger is better.
+    """
+    return fitted_to(by_damping, by_damping)
+
+
+def fitted_to(
+    by_damping: Sequence[Mapping[str, float]], values: Sequence[Mapping[str, float]]
+) -> list[float]:
+    """Another value of each seed at the damping that `cross_fitted` chooses.
+
+    Args:
+        by_damping: for each seed, what the damping is chosen by; larger is better.
+        values: for each seed, the values to report, by damping.
     """
     found = []
     for i, own in enumerate(by_damping):
         others = [v for j, v in enumerate(by_damping) if j != i] or [own]
         tunable = [d for d in own if d != "auto"] or list(own)
-        found.append(own[max(tunable, key=lambda d: statistics.mean(v[d] for v in others))])
+        best = max(tunable, key=lambda d: statistics.mean(v[d] for v in others))
+        found.append(values[i][best])
     return found
 
 
