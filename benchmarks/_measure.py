@@ -127,3 +127,36 @@ def resident(field: str) -> float:
     """Megabytes of memory that this process holds, or held at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
+
+
+class Measured:
+    """Seconds of a block, and the megabytes that the process held at most beyond those before.
+
+    Linux; elsewhere, and where the kernel does not allow it, megabytes are None.
+    """
+
+    def __enter__(self) -> Measured:
+        """Begin."""
+        self.seconds, self.megabytes = 0.0, None
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+            self._before: float | None = resident("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self._before = None
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._on_gpu = torch.cuda.memory_allocated()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._started
+        if torch.cuda.is_available():
+            used = torch.cuda.max_memory_allocated() - self._on_gpu
+            self.megabytes = used / 2**20 if used else None
+        if self.megabytes is None and self._before is not None:
+            self.megabytes = max(0.0, resident("VmHWM") - self._before)

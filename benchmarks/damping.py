@@ -1,6 +1,6 @@
 """Which damping predicts best, and which rule finds it without being told.
 
-On the settings of ``lds.py`` and two more that no rule was chosen on, scores of Gaussian
+On the settings of ``folds.py`` and two more that no rule was chosen on, scores of Gaussian
 projection and of every scheme are computed over a grid of dampings, and rules that see only
 compressed gradients are compared with the best of the grid (linear datamodeling score, LDS):
 
@@ -21,19 +21,18 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lds
+import folds
 import numpy as np
 import torch
+from _data import FASHION_MNIST
+from _settings import SETTINGS, Setting
+from _spectrum import Spectrum
+from _training import halves, train
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from trak.modelout_functions import ImageClassificationModelOutput
 
-from trak_dropout import LossOutput
 from trak_dropout.metrics import linear_datamodeling_score
 
 GRID = [10.0**e for e in np.arange(-6, 2.01, 0.5)]
@@ -45,79 +44,7 @@ METHODS = {
     "pure dropout": ("dropout", 1),
     "pure weighted dropout": ("weighted_dropout", 1),
 }
-UNSEEN = ("digits, loss", "small cnn")
-
-
-def unseen(options: argparse.Namespace) -> Iterator[lds.Setting]:
-    """Two settings that no rule was chosen on."""
-    pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    images = torch.tensor(pixels[order] / 16, dtype=torch.float32)
-    answers = torch.tensor(labels[order])
-    if "digits, loss" in options.settings:
-        yield lds.Setting(
-            "digits, loss",
-            lambda: nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 10)),
-            task=LossOutput(nn.functional.cross_entropy),
-            loss=nn.functional.cross_entropy,
-            train=(images[:1000], answers[:1000]),
-            targets=(images[1000:1100], answers[1000:1100]),
-            output=lambda model, batch: (
-                -nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-            ),
-            epochs=20,
-            rate=3e-3,
-        )
-    if "small cnn" in options.settings:
-        train = lds.fashion_mnist(options.fashion_mnist, "train")
-        test = lds.fashion_mnist(options.fashion_mnist, "t10k")
-        yield lds.Setting(
-            "small cnn",
-            lambda: nn.Sequential(
-                nn.Conv2d(1, 8, 5, 2),
-                nn.GELU(),
-                nn.Conv2d(8, 16, 5, 2),
-                nn.GELU(),
-                nn.Flatten(),
-                nn.Linear(256, 32),
-                nn.GELU(),
-                nn.Linear(32, 10),
-            ),
-            task=ImageClassificationModelOutput(),
-            loss=nn.functional.cross_entropy,
-            train=(train[0][-500:], train[1][-500:]),
-            targets=(test[0][-100:], test[1][-100:]),
-            output=lds.margin,
-            epochs=20,
-            rate=1e-3,
-        )
-
-
-class Spectrum:
-    """Scores of a checkpoint at any damping, from one decomposition.
-
-    Args:
-        x: compressed training gradients ``(n, k)``.
-        targets: those of the targets ``(m, k)``.
-    """
-
-    def __init__(self, x: Tensor, targets: Tensor) -> None:
-        x, targets = x.double(), targets.double()
-        self.n, self.k = x.shape
-        dual = self.k > self.n
-        gram = x @ x.T if dual else x.T @ x
-        self.trace = float(gram.trace())
-        self.values, vectors = torch.linalg.eigh(gram)
-        self.values.clamp_(min=0)
-        # Over all n eigenvalues of X X^T, of which n - k are zero where k < n.
-        self.mean = self.trace / self.n
-        self.rms = float((self.values.square().sum() / self.n).sqrt())
-        self.left = vectors if dual else x @ vectors
-        self.right = vectors.T @ (x @ targets.T if dual else targets.T)
-
-    def scores(self, ridge: float) -> Tensor:
-        """Scores ``(n, m)`` without out-to-loss gradients."""
-        return self.left @ (self.right / (self.values + ridge).unsqueeze(1))
+UNSEEN = ("digits", "small cnn")
 
 
 def agreement(scores: list[np.ndarray]) -> float:
@@ -129,16 +56,16 @@ def agreement(scores: list[np.ndarray]) -> float:
     return float(np.mean(found)) if found else 0.0
 
 
-def study(setting: lds.Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
+def study(setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
     """LDS over the grid, and at what the rules choose."""
-    masks, outputs = lds.halves(setting, options.halves, options.cache)
+    masks, outputs = halves(setting, options.halves, options.cache)
     everything = torch.arange(len(setting.train[0]))
-    models = [lds.train(setting, everything, seed) for seed in range(options.checkpoints)]
+    models = [train(setting, everything, seed) for seed in range(options.checkpoints)]
     p = sum(parameter.numel() for parameter in models[0].parameters())
-    lds.SCHEMES = {name: chosen for name, chosen in METHODS.items() if chosen}
+    schemes = {name: chosen for name, chosen in METHODS.items() if chosen}
     rows = []
     dims = [k for k in options.proj_dims if k <= p]
-    for method, k, checkpoints in lds.features(setting, models, dims, options.seed):
+    for method, k, checkpoints in folds.features(setting, models, dims, options.seed, schemes):
         spectra = [Spectrum(x, targets) for x, targets, _ in checkpoints]
         weight = sum(q.double() for _, _, q in checkpoints).numpy()
 
@@ -219,16 +146,15 @@ def main() -> None:
     parser.add_argument("--halves", type=int, default=60)
     parser.add_argument("--checkpoints", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="seed of the projections")
-    parser.add_argument("--cache", type=Path, default=lds.HERE / "cache")
-    parser.add_argument("--out", type=Path, default=lds.HERE / "results" / "damping.json")
-    parser.add_argument(
-        "--fashion-mnist", type=Path, default=Path("/usr/share/datasets/fashion-mnist")
-    )
+    parser.add_argument("--cache", type=Path, default=folds.HERE / "cache")
+    parser.add_argument("--out", type=Path, default=folds.HERE / "results" / "damping.json")
+    parser.add_argument("--fashion-mnist", type=Path, default=FASHION_MNIST)
     options = parser.parse_args()
     if options.quick:
-        options.settings, options.proj_dims, options.halves = ["digits, loss"], [256], 10
+        options.settings, options.proj_dims, options.halves = ["digits"], [256], 10
     rows: list[dict[str, Any]] = []
-    for setting in itertools.chain(lds.settings(options), unseen(options)):
+    for name in options.settings:
+        setting = SETTINGS[name](folder=options.fashion_mnist)
         rows += study(setting, options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"grid": GRID, "rows": rows}, indent=1) + "\n")

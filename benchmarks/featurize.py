@@ -14,7 +14,6 @@ model and batch.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import warnings
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _models
 import torch
 from _measure import Call, interleaved, peak, peak_of_tensors
 from matplotlib.figure import Figure
@@ -47,69 +47,9 @@ class Setting:
     unit: str = "samples"
 
 
-class ResNet9(nn.Module):
-    """The residual network of TRAK's CIFAR-10 example, 2.3M parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-        def block(a: int, b: int, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Module:
-            convolution = nn.Conv2d(a, b, kernel, stride, padding, bias=False)
-            return nn.Sequential(convolution, nn.BatchNorm2d(b), nn.ReLU(inplace=True))
-
-        self.stem = nn.Sequential(block(3, 64), block(64, 128, 5, 2, 2))
-        self.first = nn.Sequential(block(128, 128), block(128, 128))
-        self.middle = nn.Sequential(block(128, 256), nn.MaxPool2d(2))
-        self.second = nn.Sequential(block(256, 256), block(256, 256))
-        self.last = nn.Sequential(
-            block(256, 128, 3, 1, 0), nn.AdaptiveMaxPool2d((1, 1)), nn.Flatten()
-        )
-        self.head = nn.Linear(128, 10, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits."""
-        x = self.stem(x)
-        x = x + self.first(x)
-        x = self.middle(x)
-        x = x + self.second(x)
-        return self.head(self.last(x))
-
-
 def mlp() -> nn.Module:
     """An MLP of 1.9M parameters."""
-    widths = (784, 1024, 1000, 64, 10)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for a, b in itertools.pairwise(widths):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def neox(width: int, layers: int, heads: int, vocabulary: int) -> Callable[[], nn.Module]:
-    """A GPT-NeoX model of a size."""
-
-    def build() -> nn.Module:
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-        config = GPTNeoXConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            max_position_embeddings=2048,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        return GPTNeoXForCausalLM(config)
-
-    return build
-
-
-def gpt2() -> nn.Module:
-    """GPT-2 with 124M parameters."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config())
+    return _models.mlp(784, 1024, 1000, 64, 10)
 
 
 def images(count: int, channels: int, side: int) -> Callable[[], tuple[Tensor, ...]]:
@@ -136,13 +76,13 @@ def next_token(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 MARGIN, LM = ImageClassificationModelOutput(), CausalLMOutput()
 SETTINGS = {
     "mlp": Setting(mlp, images(64, 1, 28), MARGIN, cross_entropy),
-    "resnet9": Setting(ResNet9, images(32, 3, 32), MARGIN, cross_entropy),
+    "resnet9": Setting(_models.ResNet9, images(32, 3, 32), MARGIN, cross_entropy),
     "gpt-neox-10m": Setting(
-        neox(320, 8, 8, 512), tokens(16, 64, 512), LM, next_token, "sequences of 64"
+        _models.neox(320, 8, 8, 512), tokens(16, 64, 512), LM, next_token, "sequences of 64"
     ),
-    "gpt2": Setting(gpt2, tokens(8, 512, 50257), LM, next_token, "sequences of 512"),
+    "gpt2": Setting(_models.gpt2, tokens(8, 512, 50257), LM, next_token, "sequences of 512"),
     "pythia-1.4b": Setting(
-        neox(2048, 24, 16, 50304), tokens(4, 512, 50304), LM, next_token, "sequences of 512"
+        _models.neox(2048, 24, 16, 50304), tokens(4, 512, 50304), LM, next_token, "sequences of 512"
     ),
 }
 ON_CPU = ("mlp", "resnet9", "gpt-neox-10m")

@@ -1,0 +1,215 @@
+"""Finding the source of a text (the paper's third task), against peers.
+
+A GPT-NeoX model of bytes is trained on a mixture of at least six real sources of text found on the
+machine. For sequences of each source that it has not seen, the most influential training sequences
+are looked up: how many come from the same source, of the first and of the first ten? Beside scores
+of gradients stand similarities of the model's own embeddings (mean of its last hidden layer) and of
+the embeddings of a pretrained encoder (MiniLM), and chance. Each seed trains another model and draws
+another projection. The damping of each method is the one that is best on average over the other
+seeds.
+
+    python benchmarks/crosssource.py               # small setting
+    python benchmarks/crosssource.py --quick       # a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from _data import MissingError
+from _measure import Measured
+from _methods import Attribution, Method, Problem, methods, run
+from _models import MiniLM, minilm_tokens
+from _settings import SETTINGS
+from _study import (
+    Cells,
+    Row,
+    chosen,
+    cross_fitted,
+    difference,
+    fitted_to,
+    interval,
+    parser,
+    shown,
+    table,
+    write,
+)
+from _training import trained
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+EMBEDDINGS = ("own embeddings", "MiniLM embeddings")
+ORDER = (
+    "dropout", "dropout, fold 1", "unit dropout", "weighted dropout", "Gaussian", "SJLT",
+    "no compression", "kronfluence EK-FAC", "gradient dot product", *EMBEDDINGS, "random",
+)  # fmt: skip
+
+
+def same_source(scores: np.ndarray, train: np.ndarray, targets: np.ndarray, top: int) -> float:
+    """Share of each target's ``top`` most influential samples that are of its source."""
+    best = np.argsort(-scores, axis=0, kind="stable")[:top]
+    return float((train[best] == targets).mean())
+
+
+def _similar(train: Tensor, targets: Tensor) -> np.ndarray:
+    normal = torch.nn.functional.normalize
+    return (normal(train) @ normal(targets).T).double().numpy()
+
+
+def own_embeddings(problem: Problem, k: int) -> Attribution:
+    """Cosine of the mean last hidden states of the model itself."""
+
+    def embed(tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = [problem.models[0].gpt_neox(part).last_hidden_state.mean(1)
+                     for part in tokens.split(problem.batch_size)]  # fmt: skip
+        return torch.cat(parts)
+
+    with Measured() as measured:
+        value = _similar(embed(problem.setting.train[0]), embed(problem.setting.targets[0]))
+    return Attribution({"none": value}, measured.seconds, 0.0, None, measured.megabytes)
+
+
+def minilm_embeddings(problem: Problem, k: int) -> Attribution:
+    """Cosine of a pretrained sentence encoder's embeddings."""
+    model = MiniLM(1, layers=1).eval()
+
+    def embed(tokens: Tensor) -> Tensor:
+        texts = [bytes(row.tolist()).decode("ascii") for row in tokens]
+        ids, mask = minilm_tokens(texts, 48)
+        with torch.no_grad():
+            return torch.cat(
+                [model.embed(a, b) for a, b in zip(ids.split(200), mask.split(200), strict=True)]
+            )
+
+    with Measured() as measured:
+        value = _similar(embed(problem.setting.train[0]), embed(problem.setting.targets[0]))
+    return Attribution({"none": value}, measured.seconds, 0.0, None, measured.megabytes)
+
+
+def measure(options: argparse.Namespace, cells: Cells) -> tuple[str, ...]:
+    """Fill the cells; returns the names of the sources."""
+    known = methods()
+    known["own embeddings"] = Method("own embeddings", own_embeddings)
+    known["MiniLM embeddings"] = Method("MiniLM embeddings", minilm_embeddings)
+    setting = SETTINGS["bytes"](*((240, 40) if options.quick else ()))
+    assert setting.origin is not None
+    train, targets = (origin.numpy() for origin in setting.origin)
+    todo = [
+        (seed, method, k)
+        for seed in range(options.seeds)
+        for method in chosen(ORDER, options)
+        for k in (options.proj_dims if known[method].sized else [0])
+        if cells.get(seed=seed, method=method, k=k) is None
+    ]
+    for seed, method, k in tqdm(todo, desc="methods"):
+        model = trained(setting, seed, options.cache)
+        found = run(known[method], Problem(setting, [model], seed, batch_size=128), k)
+        row: Row = {"seed": seed, "method": method, "k": k, "top1": None}
+        if found is not None:
+            for top in (1, 10):
+                row[f"top{top}"] = {
+                    str(d): same_source(v, train, targets, top) for d, v in found.values.items()
+                }
+            row["by_source"] = {
+                str(d): [
+                    same_source(v[:, targets == s], train, targets[targets == s], 1)
+                    for s in range(len(setting.sources))
+                ]
+                for d, v in found.values.items()
+            }
+            row |= {"seconds": found.seconds, "megabytes": found.megabytes}
+        cells.add(row)
+    return setting.sources
+
+
+def summarize(cells: list[Row], sources: tuple[str, ...]) -> list[Row]:
+    """Mean and interval over seeds of each method and k; damping by the first ten."""
+    rows = []
+    measured = [c for c in cells if c["top1"]]
+    for method, k in dict.fromkeys((c["method"], c["k"]) for c in measured):
+        here = [c for c in measured if (c["method"], c["k"]) == (method, k)]
+        top1, top10 = ([c[key] for c in here] for key in ("top1", "top10"))
+        rows.append(
+            {
+                "method": method,
+                "k": k,
+                "top1": interval(fitted_to(top10, top1)),
+                "top10": interval(cross_fitted(top10)),
+                "auto_top1": interval([a["auto"] for a in top1]) if "auto" in top1[0] else None,
+                "by_source": {
+                    source: interval(
+                        fitted_to(
+                            top10, [{d: v[i] for d, v in c["by_source"].items()} for c in here]
+                        )
+                    )
+                    for i, source in enumerate(sources)
+                },
+                "seconds": statistics.median(c["seconds"] for c in here),
+            }
+        )
+    return rows
+
+
+def label(row: Row) -> str:
+    """A row's name: its method, and k where it has one."""
+    return f"{row['method']}, k = {row['k']}" if row["k"] else row["method"]
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    """Our schemes minus others: at the same k, or at none."""
+    return [
+        {
+            "scheme": ours["method"], "peer": other["method"], "k": ours["k"],
+            "top1": difference(ours["top1"], other["top1"]),
+            "top10": difference(ours["top10"], other["top10"]),
+        }
+        for ours in rows
+        if "dropout" in ours["method"]
+        for other in rows
+        if "dropout" not in other["method"] and other["k"] in (0, ours["k"])
+    ]  # fmt: skip
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw both shares of every method."""
+    figure = Figure(figsize=(9, 0.32 * len(rows) + 1), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    names = [label(r) for r in rows]
+    for panel, key in zip(panels, ("top1", "top10"), strict=True):
+        means = [r[key]["mean"] for r in rows]
+        error = [max(0.0, r[key]["high"] - r[key]["mean"]) for r in rows]
+        panel.barh(names, means, xerr=error)
+        panel.set(xlabel=f"share of {key} from the same source", xlim=(0, 1))
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run the study."""
+    options_parser = parser(__doc__, "crosssource")
+    options_parser.add_argument("--proj-dims", nargs="+", type=int, default=[512, 2048])
+    options = options_parser.parse_args()
+    if options.quick:
+        options.seeds, options.proj_dims = 2, [64]
+    cells = Cells(options, "crosssource")
+    try:
+        sources = measure(options, cells)
+    except MissingError as error:
+        raise SystemExit(f"crosssource: {error}") from error
+    rows = summarize(cells.rows, sources)
+    names = {label(r): r for r in rows}
+    print(table(list(names), ["top1", "top10"], lambda n, c: shown(names[n][c]), "same source"))
+    write(options.out, options, sources=sources, rows=rows, compared=compared(rows))
+    draw(rows, options.out.with_suffix(".png"))
+    cells.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Linear datamodeling score of every scheme and fold, beside Gaussian projection at equal k.
+
+Three settings: an MLP and a CNN on Fashion-MNIST (TRAK's margin), a character transformer on the
+source of Python's standard library (loss of a sequence). For each, models are trained on random
+halves of the training set; scores are good if they predict, by summing over a half, the outputs of
+the model trained on it (Spearman over halves, mean over targets). All methods see the same
+checkpoints, gradients and dampings; each is reported at its best damping, averaged over seeds of
+the projection.
+
+    python benchmarks/folds.py              # about half an hour on 2 cores; trained halves are kept
+    python benchmarks/folds.py --quick      # a minute: fewer of everything
+
+Fashion-MNIST: Debian's dataset-fashion-mnist, or --fashion-mnist DIR with its four .gz files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _data import FASHION_MNIST
+from _settings import SETTINGS, Setting
+from _training import halves, train
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+from trak.projectors import BasicProjector
+
+from trak_dropout import DenseGradientComputer, DropoutProjector
+from trak_dropout.metrics import linear_datamodeling_score
+
+HERE = Path(__file__).parent
+DAMPINGS = (1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+FOLDS = (1, 2, 4, 8, 16, 32, 64)
+SCHEMES = {
+    **{f"dropout, fold {fold}": ("dropout", fold) for fold in FOLDS},
+    **{f"unit, fold {fold}": ("unit_dropout", fold) for fold in (1, 16)},
+    **{f"weighted, fold {fold}": ("weighted_dropout", fold) for fold in (1, 2, 4, 16)},
+}
+
+
+def features(
+    setting: Setting,
+    models: list[nn.Module],
+    dims: list[int],
+    seed: int,
+    schemes: dict[str, tuple[str, int]],
+) -> Iterator[tuple[str, int, list[Any]]]:
+    """Compress the gradients of all checkpoints by all methods, one pass over the gradients each.
+
+    Yields:
+        Method, k, and for each checkpoint the features of training samples and of targets and the
+        out-to-loss gradients.
+    """
+    samples = [torch.cat(pair) for pair in zip(setting.train, setting.targets, strict=True)]
+    n = len(setting.train[0])
+    found: dict[tuple[str, int], list[Any]] = {}
+    for model_id, model in enumerate(models):
+        computer = DenseGradientComputer(model, setting.task)
+        p = sum(parameter.numel() for parameter in model.parameters())
+        projectors: dict[tuple[str, int], DropoutProjector] = {
+            (name, k): DropoutProjector.from_model(model, k, seed, scheme, fold=fold)
+            for name, (scheme, fold) in schemes.items()
+            for k in dims
+        }
+        calibration = [tuple(part[: n : max(1, n // 400)] for part in setting.train)]
+        some = [computer.compute_per_sample_grad(batch) for batch in calibration]
+        for projector in projectors.values():
+            if projector.proj_type == "weighted_dropout":
+                projector.calibrate(some)
+        del some
+        gaussian = BasicProjector(p, max(dims), seed, "normal", "cpu", block_size=256)
+        parts: dict[tuple[str, int], list[Tensor]] = {}
+        out_to_loss = []
+        batches = list(zip(*(part.split(350) for part in samples), strict=True))
+        for batch in tqdm(batches, desc=f"{setting.name}: checkpoint {model_id}", leave=False):
+            grads = computer.compute_per_sample_grad(batch)
+            out_to_loss.append(computer.compute_loss_grad(batch))
+            dense = gaussian.project(grads, model_id)
+            for k in dims:  # the first columns of a Gaussian projection are one themselves
+                parts.setdefault(("Gaussian", k), []).append(dense[:, :k])
+            for key, projector in projectors.items():
+                parts.setdefault(key, []).append(projector.project(grads, model_id))
+        q = torch.cat(out_to_loss)[:n]
+        for key, rows in parts.items():
+            x = torch.cat(rows)
+            found.setdefault(key, []).append((x[:n], x[n:], q))
+    for (method, k), checkpoints in found.items():
+        yield method, k, checkpoints
+
+
+def scores(checkpoints: list[Any], damping: float, grams: list[Tensor]) -> np.ndarray:
+    """TRAK's scores at a relative damping."""
+    total, weight = 0.0, 0.0
+    for (x, targets, q), gram in zip(checkpoints, grams, strict=True):
+        damped = gram.clone()
+        damped.diagonal().add_(damping * gram.trace() / len(gram))
+        solved = torch.cholesky_solve(targets.double().T, torch.linalg.cholesky(damped))
+        total = total + x.double() @ solved
+        weight = weight + q.double()
+    return (total * weight).numpy()
+
+
+def study(setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all methods in a setting."""
+    masks, outputs = halves(setting, options.halves, options.cache)
+    everything = torch.arange(len(setting.train[0]))
+    models = [train(setting, everything, seed) for seed in range(options.checkpoints)]
+    found: dict[tuple[str, int], list[dict[float, float]]] = {}
+    for seed in range(options.seeds):
+        for method, k, checkpoints in features(setting, models, options.proj_dims, seed, SCHEMES):
+            grams = [x.double().T @ x.double() for x, _, _ in checkpoints]
+            by_damping = {
+                damping: linear_datamodeling_score(
+                    scores(checkpoints, damping, grams), masks, outputs
+                )
+                for damping in DAMPINGS
+            }
+            found.setdefault((method, k), []).append(by_damping)
+    rows = []
+    for (method, k), seeds in found.items():
+        mean = {damping: statistics.mean(s[damping] for s in seeds) for damping in DAMPINGS}
+        best = max(mean, key=mean.__getitem__)
+        rows.append(
+            {
+                "setting": setting.name,
+                "k": k,
+                "method": method,
+                "lds": mean[best],
+                "lds_by_seed": [s[best] for s in seeds],
+                "damping": best,
+                "lds_by_damping": mean,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Format the scores, and each method's mean ratio to Gaussian."""
+    cells = sorted({(row["setting"], row["k"]) for row in rows})
+    lds = {(row["method"], row["setting"], row["k"]): row["lds"] for row in rows}
+    lines = [f"{'':22}" + "".join(f"{f'{s} {k}':>12}" for s, k in cells) + f"{'of Gaussian':>22}"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        ratios = [lds[method, s, k] / lds["Gaussian", s, k] for s, k in cells]
+        lines.append(
+            f"{method:22}"
+            + "".join(f"{lds[method, s, k]:12.3f}" for s, k in cells)
+            + f"{statistics.mean(ratios):10.3f} (least {min(ratios):.3f})"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw each method's score in each setting."""
+    cells = sorted({(row["setting"], row["k"]) for row in rows})
+    figure = Figure(figsize=(2.4 * len(cells), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
+    for panel, (name, k) in zip(panels, cells, strict=True):
+        here = [row for row in rows if (row["setting"], row["k"]) == (name, k)]
+        panel.barh([row["method"] for row in here], [row["lds"] for row in here])
+        reference = next(row["lds"] for row in here if row["method"] == "Gaussian")
+        panel.axvline(reference, color="gray", linewidth=0.8, linestyle=":")
+        panel.set(title=f"{name}, k = {k}", xlabel="LDS")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer of everything, k = 128")
+    parser.add_argument("--settings", nargs="+", default=["mlp", "cnn", "lm"])
+    parser.add_argument("--proj-dims", nargs="+", type=int, default=[1024, 2048])
+    parser.add_argument("--halves", type=int, default=60, help="models trained on random halves")
+    parser.add_argument("--checkpoints", type=int, default=3, help="models trained on everything")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the projections")
+    parser.add_argument("--cache", type=Path, default=HERE / "cache", help="for trained halves")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "folds.json")
+    parser.add_argument("--fashion-mnist", type=Path, default=FASHION_MNIST)
+    options = parser.parse_args()
+    if options.quick:
+        options.halves, options.checkpoints, options.proj_dims = 10, 1, [128]
+        options.seeds = 1
+    rows: list[dict[str, Any]] = []
+    for name in options.settings:
+        size = (300, 20) if options.quick else ()
+        setting = SETTINGS[name](*size, folder=options.fashion_mnist)
+        started = time.perf_counter()
+        rows += study(setting, options)
+        print(f"{setting.name}: {time.perf_counter() - started:.0f} s", flush=True)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(
+            json.dumps({"halves": options.halves, "seeds": options.seeds, "rows": rows}, indent=1)
+            + "\n"
+        )
+        draw(rows, options.out.with_suffix(".png"))
+    print(f"\nLDS at the best damping\n{table(rows)}\n\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
