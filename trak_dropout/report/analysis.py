@@ -1,0 +1,179 @@
+"""What a store says: its health, and influence at each checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak_dropout.scoring import DampedScoreComputer, automatic_ridge
+from trak_dropout.store import FeatureFiles, IncompleteStoreError, Store
+
+_WIDEST_SPECTRUM = 6144
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """How gradients of a checkpoint spread over directions.
+
+    Args:
+        eigenvalues: of the Gram matrix, descending.
+        ridge: what damping adds to each.
+    """
+
+    eigenvalues: NDArray[np.float64]
+    ridge: float
+
+    @property
+    def directions(self) -> float:
+        """How many directions count: the sum of ``e / (e + ridge)``."""
+        kept = np.maximum(self.eigenvalues, 0)
+        return float((kept / np.maximum(kept + self.ridge, np.finfo(float).tiny)).sum())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of one checkpoint.
+
+    Args:
+        model_id: its number.
+        facts: what the manifest says of it, such as ``epoch`` and ``global_step``.
+        collected: how many training samples have been collected.
+        size: how many there are.
+        zero_rows: collected samples whose compressed gradient is all zero.
+        spectrum: of its Gram matrix; None where incomplete or too large.
+    """
+
+    model_id: int
+    facts: dict[str, Any]
+    collected: int
+    size: int
+    zero_rows: int = 0
+    spectrum: Spectrum | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every training sample has been collected."""
+        return self.collected == self.size
+
+    @property
+    def state(self) -> str:
+        """Complete or not, in words."""
+        if self.facts.get("abandoned"):
+            return "set aside by a resumed run"
+        return "complete" if self.complete else f"{self.collected} of {self.size} samples"
+
+    @property
+    def name(self) -> str:
+        """What to call it: by its step where that is known."""
+        if isinstance(self.facts.get("global_step"), int):
+            return f"step {self.facts['global_step']}"
+        return f"checkpoint {self.model_id}"
+
+
+def checkpoints(
+    files: FeatureFiles, computer: DampedScoreComputer, spectra_of: Sequence[int]
+) -> list[Checkpoint]:
+    """Look at every checkpoint of a store, whether complete or not.
+
+    Args:
+        files: the store.
+        computer: damps as scores are damped.
+        spectra_of: the checkpoints that scores use; the spectrum is taken of these.
+
+    Returns:
+        The checkpoints, ascending.
+    """
+    known = files.manifest["model_ids"] if isinstance(files, Store) else {}
+    ids = {int(name) for name in known}
+    ids |= {int(file.stem.removeprefix("id_")) for file in files.save_dir.glob("id_*.json")}
+    found = []
+    for m in sorted(ids):
+        collected, size = _progress(files.save_dir / str(m))
+        zero, spectrum = 0, None
+        if m in spectra_of:
+            rows = files.file(m, "grads")
+            zero = sum(
+                int((~rows.rows(start, start + 4096).any(dim=1)).sum())
+                for start in range(0, len(rows), 4096)
+            )
+            if min(rows.shape) <= _WIDEST_SPECTRUM:
+                gram = computer.get_xtx(rows)
+                spectrum = Spectrum(
+                    torch.linalg.eigvalsh(gram).flip(0).cpu().numpy(),
+                    _ridge(computer, gram, *rows.shape),
+                )
+        found.append(Checkpoint(m, dict(known.get(str(m), {})), collected, size, zero, spectrum))
+    return found
+
+
+def _progress(folder: Path) -> tuple[int, int]:
+    file = folder / "_is_featurized.mmap"
+    if not file.is_file():
+        return 0, 0
+    try:
+        done = np.load(file, mmap_mode="r")
+    except ValueError as error:
+        raise IncompleteStoreError(f"{file} is damaged or cut short: {error}") from error
+    return int(done.sum()), len(done)
+
+
+def _ridge(computer: DampedScoreComputer, gram: Tensor, n: int, k: int) -> float:
+    if computer.lambda_reg:
+        return computer.lambda_reg
+    if computer.damping == "auto":
+        return automatic_ridge(gram, n)
+    return float(computer.damping) * float(gram.trace()) / k
+
+
+def experiments(files: FeatureFiles) -> dict[str, int]:
+    """Return the number of targets of each experiment that a store holds."""
+    known = files.save_dir / "experiments.json"
+    if not known.is_file():
+        return {}
+    content = json.loads(known.read_text())
+    return {name: int(facts["num_targets"]) for name, facts in content.items()}
+
+
+def scores_across(
+    files: FeatureFiles,
+    computer: DampedScoreComputer,
+    exp_name: str,
+    targets: Sequence[int],
+    samples: NDArray[np.int64],
+    model_ids: Sequence[int],
+) -> NDArray[np.float64]:
+    """Compute single scores at each checkpoint; their means are those of `top_influences`.
+
+    Args:
+        files: the store.
+        computer: damps.
+        exp_name: the targets' experiment name.
+        targets: ``T`` of the targets.
+        samples: training samples for each of them, ``(T, s)``.
+        model_ids: the checkpoints, ``C``.
+
+    Returns:
+        ``(C, T, s)``.
+    """
+    result = np.zeros((len(model_ids), *samples.shape))
+    weight = np.mean([files.file(m, "out_to_loss").rows()[:, 0].numpy() for m in model_ids], 0)
+    for row, m in zip(result, model_ids, strict=True):
+        rows = files.file(m, "grads")
+        solve = computer.solver(computer.get_xtx(rows), rows)
+        solved = solve(files.file(m, f"{exp_name}_grads").rows()[list(targets)]).double().cpu()
+        for scores, vector, wanted in zip(row, solved, samples, strict=True):
+            if rows.shape[1] > len(rows):  # the dual form has the scores already
+                scores[:] = vector[wanted]
+            else:
+                grads = torch.cat([rows.rows(i, i + 1) for i in wanted.tolist()]).double()
+                scores[:] = grads @ vector
+            scores *= weight[wanted]
+    return result
