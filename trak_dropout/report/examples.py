@@ -59,8 +59,8 @@ class Examples:
     """
 
     data: Any
-    labels: Sequence[Any] | None = None
-    true_labels: Sequence[Any] | None = None
+    labels: Any = None
+    true_labels: Any = None
     classes: Sequence[str] | Mapping[Any, str] | None = None
     tokenizer: Any = None
     render: Callable[[Any], Any] | None = None
@@ -81,13 +81,24 @@ class Examples:
     def __len__(self) -> int:
         return len(self.data)
 
-    def example(self, index: int) -> Example:
-        """Return what is shown of a sample; an exception on the way becomes its problem."""
+    def look(self, index: int) -> tuple[Example, str | None]:
+        """Look at a sample; an exception on the way becomes its problem.
+
+        Args:
+            index: its number.
+
+        Returns:
+            What is shown, and the name of the label it was given, None where it has none.
+        """
+        label = None if self.labels is None else self._name(self.labels[index])
         try:
             item = self.data[index]
-            return shown(item if self.render is None else self.render(item), self.tokenizer)
-        except Exception as error:  # whatever a data set or a render function of others may raise
-            return Example(problem=f"cannot be shown: {type(error).__name__}: {error}")
+            if self.labels is None:
+                label = self._name(_label_of(item))
+            made = item if self.render is None else self.render(item)
+            return shown(made, self.tokenizer), label
+        except Exception as error:  # whatever a data set or a render function may raise
+            return Example(problem=f"cannot be shown: {type(error).__name__}: {error}"), label
 
     def label(self, index: int) -> str | None:
         """Return the name of the label that a sample was given, None where it has none."""
@@ -95,7 +106,7 @@ class Examples:
             return self._name(self.labels[index])
         try:
             return self._name(_label_of(self.data[index]))
-        except Exception:  # then `example` tells what is wrong
+        except Exception:  # `look` tells what is wrong
             return None
 
     def true_label(self, index: int) -> str | None:

@@ -59,11 +59,11 @@ def distribution(values: NDArray[np.floating], wrong: NDArray[np.bool_] | None) 
         else np.linspace(low, max(high, low + 1e-12 + abs(low) * 1e-6), 51)
     )
     if wrong is None:
-        axes.hist(values, edges, color=COLORS[0], label="training samples")
+        axes.hist(values, edges.tolist(), color=COLORS[0], label="training samples")
     else:
         parts = [values[~wrong], values[wrong]]
         names = ["right label", "label known to be wrong"]
-        axes.hist(parts, edges, stacked=True, color=list(COLORS[:2]), label=names)
+        axes.hist(parts, edges.tolist(), stacked=True, color=list(COLORS[:2]), label=names)
         axes.legend(frameon=False)
     if logarithmic:
         axes.set_xscale("log")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def write(
         ``wrong``, ``auc`` and ``recall`` by share inspected.
 
     Raises:
-        TypeError: ``store`` is neither a store nor a TRAKer, or ``data`` or ``targets`` no data set.
+        TypeError: ``store`` is neither a store nor a TRAKer, or ``data`` or ``targets`` is no data
+            set.
         ValueError: sizes do not match, or a number is out of range.
         IncompleteStoreError: a checkpoint or the targets are missing, incomplete or damaged.
         GramError: gradients are NaN or infinite, or all zero.
@@ -204,11 +206,8 @@ class _Gathered:
         """Return a sample without its scores, and keep its picture."""
         if examples is None:
             return {"index": index}
-        example, label, true = (
-            examples.example(index),
-            examples.label(index),
-            examples.true_label(index),
-        )
+        example, label = examples.look(index)
+        true = examples.true_label(index)
         content: dict[str, Any] = {"index": index}
         if label is not None:
             content["label"] = clipped(label, MAX_LABEL)
@@ -414,7 +413,7 @@ def _across(
     called = [
         f"{i}" if label is None else f"{i}: {label}" for i, label in zip(top, labels, strict=True)
     ]
-    agreements = [_rank_correlation(a, b) for a, b in zip(each[:-1], each[1:], strict=True)]
+    agreements = [_rank_correlation(a, b) for a, b in pairwise(each)]
     text = (
         "Lines are the most suspect samples. Rank correlation of neighbouring checkpoints: "
         + ", ".join(f"{a:.2f}" for a in agreements)
@@ -473,7 +472,8 @@ def _settings(files: FeatureFiles, damping: float | str) -> dict[str, str]:
 
 def _rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     ranks = [np.argsort(np.argsort(values, kind="stable")) for values in (a, b)]
-    return float(np.corrcoef(ranks)[0, 1])
+    both: NDArray[np.float64] = np.atleast_2d(np.corrcoef(ranks))
+    return float(both[0, 1])
 
 
 def _short(value: float) -> float:
