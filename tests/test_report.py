@@ -94,7 +94,7 @@ def mlp_of(store: AttributionStore) -> Classifier:
 def test_shows_every_checkpoint_whether_complete_or_not(tmp_path: Path) -> None:
     model = mlp()
     states = checkpoints(model, 2)
-    traker, scores = quickstart(model, states, tmp_path / "t", **td.plugin(model, 512))
+    traker, _ = quickstart(model, states, tmp_path / "t", **td.plugin(model, 512))
     done = np.lib.format.open_memmap(tmp_path / "t/1/_is_featurized.mmap", "r+")
     done[7:] = 0
     done.flush()
@@ -110,7 +110,7 @@ def test_shows_every_checkpoint_whether_complete_or_not(tmp_path: Path) -> None:
 def test_plain_trak_results_are_reported(tmp_path: Path, proj_dim: int) -> None:
     model = mlp()
     options = td.plugin(model, proj_dim) | {"use_half_precision": False}
-    traker, scores = quickstart(model, checkpoints(model, 2), tmp_path / "t", **options)
+    _, scores = quickstart(model, checkpoints(model, 2), tmp_path / "t", **options)
     (tmp_path / "t/manifest.json").unlink()
     assert main(["report", str(tmp_path / "t"), "--out", str(tmp_path / "r.html")]) == 0
     for target in content(tmp_path / "r.html")["targets"]:
