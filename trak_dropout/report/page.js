@@ -212,7 +212,7 @@
       large.setAttribute("aria-label", words(sample, "training sample"));
       parts.append(large);
     }
-    if (sample.fields != null) parts.append(table(["", ""], sample.fields));
+    if (sample.fields != null) parts.append(table(["name", "value"], sample.fields));
     if (sample.across.length > 1) parts.append(table(["checkpoint", "self-influence"], sample.across.map((value, i) => [checkpoints[i], number(value)])));
     const touched = [];
     for (const target of targets) {
