@@ -38,8 +38,6 @@ def test_demo_finds_the_flipped_labels(demo_results: Path) -> None:
         assert all(number in line for number in shown)
     page = (demo_results / "report.html").read_text()
     assert page.count('"sprite":') > 1000
-    page = (demo_results / "report.html").read_text()
-    assert page.count('"sprite":') > 1000
     assert f"{ours['auc']:.4f}" in page
     assert np.isfinite(open_store(demo_results / "store").self_influence()).all()
 

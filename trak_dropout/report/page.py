@@ -54,6 +54,7 @@ class Page:
         facts: short figures at the top, by name.
         warnings: what is wrong with the store.
         content: the samples and influences, as JSON values; ``page.js`` says what it reads.
+        labeled: whether samples have labels, so that one may be wrong.
         tile: width of a thumbnail in a card, in pixels.
         sheets: thumbnails, as ``data:`` addresses.
         pixelated: whether thumbnails are shown pixel by pixel.
@@ -70,6 +71,7 @@ class Page:
     facts: Mapping[str, str]
     warnings: Sequence[str]
     content: Mapping[str, Any]
+    labeled: bool = True
     tile: int = 1
     sheets: Sequence[str] = ()
     pixelated: bool = False

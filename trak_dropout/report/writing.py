@@ -171,6 +171,7 @@ def write(
             "samples": samples,
             "targets": chosen_targets,
         },
+        labeled=any("label" in sample for sample in samples),
         tile=sheets.tile,
         sheets=sheets.sheets,
         pixelated=sheets.pixelated,
@@ -417,8 +418,8 @@ def _across(
     text = (
         "Lines are the most suspect samples. Rank correlation of neighbouring checkpoints: "
         + ", ".join(f"{a:.2f}" for a in agreements)
-        + ". A line that rises late was learned by heart; the score on each card of an explained "
-        "prediction has such a line, too."
+        + ". A line that rises late is a sample that the model bends for only at the end; cards of "
+        "explained predictions have such lines, too."
     )
     return [Plot(plots.across(names, each, top, called), "Self-influence at each checkpoint", text)]
 
