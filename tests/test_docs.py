@@ -88,15 +88,16 @@ def rows(page: Path, head: str) -> list[list[str]]:
     return found
 
 
-def results(page: Path, name: str) -> Any:
-    """A results file, under the name that the page gives it."""
-    assert f"benchmarks/results/{name}" in page.read_text()
-    return json.loads((RESULTS / name).read_text())
+def results(page: Path, place: int) -> list[dict[str, Any]]:
+    """The rows of the results file that a page names first, second ..."""
+    names = dict.fromkeys(re.findall(r"benchmarks/results/(\w+\.json)", page.read_text()))
+    content = json.loads((RESULTS / list(names)[place]).read_text())
+    return content["rows"] if isinstance(content, dict) else content
 
 
 def test_figures_for_choosing_are_the_benchmarks() -> None:
     page = DOCS / "choosing.md"
-    lds = {(r["method"], r["setting"], r["k"]): r["lds"] for r in results(page, "lds.json")["rows"]}
+    lds = {(r["method"], r["setting"], r["k"]): r["lds"] for r in results(page, 0)}
     cells = [(s, k) for s in ("cnn", "lm", "mlp") for k in (1024, 2048)]
 
     def scores(method: str) -> np.ndarray:
@@ -104,8 +105,8 @@ def test_figures_for_choosing_are_the_benchmarks() -> None:
 
     for method, *figures in rows(page, "cnn 1024"):
         assert figures == [f"{score:.3f}" for score in scores(method)], method
-    featurize = results(page, "featurize.json")["rows"]
-    seconds = {(r["setting"], r["method"]): r["of_plain"] for r in featurize}
+
+    seconds = {(r["setting"], r["method"]): r["of_plain"] for r in results(page, 1)}
     for method, ratio, *times in rows(page, "mean ratio to Gaussian"):
         mean = np.mean(scores(method) / scores("Gaussian"))
         assert ratio == f"{mean:.3f}", method
@@ -113,6 +114,22 @@ def test_figures_for_choosing_are_the_benchmarks() -> None:
         name = f"factored, {scheme}, k = 2048" + (f", fold {fold}" if fold != "1" else "")
         settings = ("mlp", "resnet9", "gpt-neox-10m")
         assert times == [f"{seconds[s, name]:.2f}" for s in settings], method
+
+    studied = [r for r in results(page, 2) if r["setting"] in ("mlp", "cnn", "lm")]
+    for rule, *figures in rows(page, "share of the best score"):
+        shares = [r["rules"][rule] / r["best"] for r in studied]
+        assert figures == [f"{np.mean(shares):.3f}", f"{min(shares):.3f}"], rule
+
+
+def test_figures_for_scaling_are_the_benchmarks() -> None:
+    page = DOCS / "scaling.md"
+    text = " ".join(page.read_text().split())
+    small, large = results(page, 0)
+    for row in (small, large):
+        assert f"{row['seconds']:.0f} s" in text
+        assert f"{row['peak_rss_megabytes']:.0f} MB" in text
+    assert f"of which {small['gram_and_solve_seconds']:.0f} s" in text
+    assert (small["n"], small["k"], large["n"], large["k"]) == (100_000, 4096, 1_000_000, 1024)
 
 
 def public_modules() -> list[types.ModuleType]:
@@ -196,7 +213,8 @@ def test_reference_has_every_public_name() -> None:
         ]
         for name in names:
             assert getattr(loaded, name).__doc__, f"{module}.{name}"
-        documented |= {f"{module}.{name}" for name in names}
+        things = [getattr(loaded, name) for name in names]
+        documented |= {f"{thing.__module__}.{thing.__qualname__}" for thing in things}
     assert sorted(set(exported()) - documented) == []
 
 

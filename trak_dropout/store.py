@@ -553,7 +553,8 @@ class Store(FeatureFiles):
         s = self.settings
         return (
             f"{type(self).__name__}({str(self.save_dir)!r}: {s.train_set_size} samples x "
-            f"{s.proj_dim} columns, {s.scheme} fold {s.fold}, {s.dtype}, model_ids {self.model_ids})"
+            f"{s.proj_dim} columns, {s.scheme} fold {s.fold}, {s.dtype}, "
+            f"model_ids {self.model_ids})"
         )
 
     def _repr_html_(self) -> str:
