@@ -13,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak_dropout.scoring import DampedScoreComputer, automatic_ridge
-from trak_dropout.store import FeatureFiles, IncompleteStoreError, Store
+from trak_dropout.rowfile import IncompleteStoreError, RowFile
+from trak_dropout.scoring import DampedScoreComputer, refuse_zero
+from trak_dropout.store import FeatureFiles, Store
 
 _WIDEST_SPECTRUM = 6144
+_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,12 @@ def checkpoints(
         zero, spectrum = 0, None
         if m in spectra_of:
             rows = files.file(m, "grads")
-            zero = sum(
-                int((~rows.rows(start, start + 4096).any(dim=1)).sum())
-                for start in range(0, len(rows), 4096)
-            )
+            zero = sum(int((~block.any(dim=1)).sum()) for _, block in rows.blocks(_BLOCK_ROWS))
             if min(rows.shape) <= _WIDEST_SPECTRUM:
-                gram = computer.get_xtx(rows)
+                gram = _gram(computer, rows)
                 spectrum = Spectrum(
                     torch.linalg.eigvalsh(gram).flip(0).cpu().numpy(),
-                    _ridge(computer, gram, *rows.shape),
+                    computer.ridge(gram, *rows.shape, scale=files.scale(m)),
                 )
         found.append(Checkpoint(m, dict(known.get(str(m), {})), collected, size, zero, spectrum))
     return found
@@ -125,12 +124,17 @@ def _progress(folder: Path) -> tuple[int, int]:
     return int(done.sum()), len(done)
 
 
-def _ridge(computer: DampedScoreComputer, gram: Tensor, n: int, k: int) -> float:
-    if computer.lambda_reg:
-        return computer.lambda_reg
-    if computer.damping == "auto":
-        return automatic_ridge(gram, n)
-    return float(computer.damping) * float(gram.trace()) / k
+def _gram(computer: DampedScoreComputer, file: RowFile) -> Tensor:
+    """The Gram matrix of a file's rows, ``(k, k)``, or ``(n, n)`` where ``k > n``."""
+    n, k = file.shape
+    if k > n:
+        gram = computer.dual_gram(file.rows())
+    else:
+        gram = torch.zeros(k, k, dtype=torch.float64, device=computer.device)
+        for start, block in file.blocks(_BLOCK_ROWS):
+            computer.add_to_gram(gram, block, start)
+    refuse_zero(gram)
+    return gram
 
 
 def experiments(files: FeatureFiles) -> dict[str, int]:
@@ -167,10 +171,13 @@ def scores_across(
     weight = np.mean([files.file(m, "out_to_loss").rows()[:, 0].numpy() for m in model_ids], 0)
     for row, m in zip(result, model_ids, strict=True):
         rows = files.file(m, "grads")
-        solve = computer.solver(computer.get_xtx(rows), rows)
-        solved = solve(files.file(m, f"{exp_name}_grads").rows()[list(targets)]).double().cpu()
+        n, k = rows.shape
+        factor = computer.decompose(_gram(computer, rows), n, k, scale=files.scale(m))
+        whole = rows.rows().to(computer.device, torch.float64) if k > n else None
+        given = files.file(m, f"{exp_name}_grads").rows()[list(targets)]
+        solved = computer.solve(factor, given, whole).cpu()
         for scores, vector, wanted in zip(row, solved, samples, strict=True):
-            if rows.shape[1] > len(rows):  # the dual form has the scores already
+            if whole is not None:  # the dual form has the scores already
                 scores[:] = vector[wanted]
             else:
                 grads = torch.cat([rows.rows(i, i + 1) for i in wanted.tolist()]).double()

@@ -22,8 +22,9 @@ from trak_dropout.report.analysis import Checkpoint, checkpoints, experiments, s
 from trak_dropout.report.examples import MAX_FIELDS, MAX_LABEL, Example, Examples, clipped
 from trak_dropout.report.page import Page, Plot, Table, render
 from trak_dropout.report.pictures import Sheets
-from trak_dropout.scoring import files_and_computer, self_influence
-from trak_dropout.store import FeatureFiles, IncompleteStoreError, Store
+from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.store import FeatureFiles, Store
+from trak_dropout.streaming import files_and_computer, self_influence
 
 OWN_CURVE = "self-influence"
 _SHARES = (0.05, 0.10, 0.20)
