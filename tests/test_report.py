@@ -283,10 +283,13 @@ def test_command_line(
                                      "def train():\n    return beside.train_set()\n")  # fmt: skip
     out = tmp_path / "sub/report.html"
     arguments = ["report", str(store.save_dir), "--out", str(out), "--json", "--target", "7"]
+    arguments += ["--model-ids", "1", "--damping", "0.5"]
     arguments += ["--data", f"{tmp_path}/own.py:train", "--targets", f"test={tmp_path}/own.py:test"]
     assert main(arguments) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["targets"] == 1
+    assert found["checkpoints"] == [1]
+    assert found["suspects"][:9] == np.argsort(-store.self_influence([1], 0.5))[:9].tolist()
     assert found["page"] == str(out)
     (target,) = content(out)["targets"]
     assert target["index"] == 7

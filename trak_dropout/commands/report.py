@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NUMBER",
         help="targets to explain (default: the first eight)",
     )
+    parser.add_argument(
+        "--model-ids", metavar="M", type=int, nargs="+", help="checkpoints (default: all complete)"
+    )
     parser.add_argument("--title", help="heading of the page")
     parser.add_argument("--summary", default="", help="a paragraph below the heading")
     parser.add_argument(
@@ -83,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
         title=options.title,
         summary=options.summary,
         gallery=options.gallery,
+        model_ids=options.model_ids,
         damping=damping,
         progress=sys.stderr.isatty(),
     )

@@ -61,9 +61,12 @@ def distribution(values: NDArray[np.floating], wrong: NDArray[np.bool_] | None) 
     if wrong is None:
         axes.hist(values, edges.tolist(), color=COLORS[0], label="training samples")
     else:
-        parts = [values[~wrong], values[wrong]]
-        names = ["right label", "label known to be wrong"]
-        axes.hist(parts, edges.tolist(), stacked=True, color=list(COLORS[:2]), label=names)
+        # One before the other: stacked, heights on a logarithmic axis would mislead.
+        for part, name, color in (
+            (values[~wrong], "right label", COLORS[0]),
+            (values[wrong], "label known to be wrong", COLORS[1]),
+        ):
+            axes.hist(part, edges.tolist(), color=color, alpha=0.75, label=name)
         axes.legend(frameon=False)
     if logarithmic:
         axes.set_xscale("log")
