@@ -104,6 +104,7 @@ def test_shows_every_checkpoint_whether_complete_or_not(tmp_path: Path) -> None:
     assert "Checkpoint 1 (checkpoint 1) is not complete, 7 of 300 samples" in found["warnings"][0]
     assert "7 of 300 samples" in (tmp_path / "report.html").read_text()
     assert found["targets"] == 8  # of the only experiment, without their data
+    assert "<dt>scheme</dt><dd>dropout</dd>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("proj_dim", [64, 512])

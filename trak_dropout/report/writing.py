@@ -23,7 +23,7 @@ from trak_dropout.report.examples import MAX_FIELDS, MAX_LABEL, Example, Example
 from trak_dropout.report.page import Page, Plot, Table, render
 from trak_dropout.report.pictures import Sheets
 from trak_dropout.rowfile import IncompleteStoreError
-from trak_dropout.store import FeatureFiles, Store
+from trak_dropout.store import MANIFEST, FeatureFiles, Store
 from trak_dropout.streaming import files_and_computer, self_influence
 
 OWN_CURVE = "self-influence"
@@ -106,6 +106,8 @@ def write(
         GramError: gradients are NaN or infinite, or all zero.
     """
     files, computer = files_and_computer(store, damping)
+    if not isinstance(files, Store) and (files.save_dir / MANIFEST).is_file():
+        files = Store(files.save_dir)  # of a TRAKer: the manifest says more
     ids = files.choose(model_ids)
     check_integer("per_target", per_target, minimum=1)
     check_integer("gallery", gallery, minimum=1)
