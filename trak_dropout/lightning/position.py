@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,11 +14,15 @@ def position(trainer: pl.Trainer) -> int:
 
 
 def describe_position(trainer: pl.Trainer) -> dict[str, Any]:
-    """What the manifest says of a checkpoint."""
+    """What the manifest says of a checkpoint; to be called in all processes."""
     return {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "batches": position(trainer),
+        "metrics": {
+            name: value if math.isfinite(value) else str(value)  # JSON has no NaN
+            for name, value in ((n, float(v)) for n, v in trainer.callback_metrics.items())
+        },
     }
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
+from torch import nn
 
 from trak_dropout.attribution import preserved
+from trak_dropout.lightning.data import set_random_states
 
 
 @contextmanager
@@ -24,28 +24,29 @@ def undisturbed(module: pl.LightningModule, seed: int, weights: bool = False) ->
         seed: random numbers start from it within the block.
         weights: whether the parameters will be changed, too.
     """
+    # Compiled code knows nothing of hooks; before torch 2.6 there was no way to step around it.
+    stance = getattr(torch.compiler, "set_stance", None)
     # A checkpoint may be saved from the validation loop, which runs in inference mode.
     with (
         isolate_rng(),
         torch.inference_mode(False),
         torch.enable_grad(),
+        nullcontext() if stance is None else stance("force_eager"),
         preserved(module, weights),
     ):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002  # for data sets that use it
-        torch.manual_seed(seed % 2**63)
+        set_random_states(seed, 0)
         module.eval()
         yield
 
 
-def differs(module: pl.LightningModule, weights: dict[str, Any]) -> bool:
-    """Whether the module's parameters or buffers are other than those of a state dict.
+def differs(model: nn.Module, weights: Mapping[str, Any]) -> bool:
+    """Whether the model's parameters or buffers are other than those of a state dict.
 
     Args:
-        module: the module.
-        weights: the state dict; entries that the module lacks do not count.
+        model: the model.
+        weights: the state dict; entries that the model lacks do not count.
     """
-    tensors = [*module.named_parameters(), *module.named_buffers()]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
     return any(
         name in weights and not torch.equal(tensor, weights[name].to(tensor.device))
         for name, tensor in tensors
