@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+_BLOCK = 2**22
+_CANNOT_ALLOCATE = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 @contextmanager
@@ -82,6 +86,19 @@ def allocate_matrix(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Non
         raise
 
 
+def checksum(path: Path) -> str:
+    """Return the CRC-32 of a file, eight hexadecimal digits.
+
+    Args:
+        path: the file.
+    """
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_BLOCK):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
 def remove_leftovers(directory: Path) -> None:
     """Delete files that `replacing` was writing in a process that died.
 
@@ -92,10 +109,6 @@ def remove_leftovers(directory: Path) -> None:
         match = re.fullmatch(r".+\.(\d+)\.tmp", file.name)
         if match and not _is_running(int(match[1])):
             file.unlink(missing_ok=True)
-
-
-_BLOCK = 2**24
-_CANNOT_ALLOCATE = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 def _is_running(pid: int) -> bool:

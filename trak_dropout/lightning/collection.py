@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from trak_dropout._files import checksum
 from trak_dropout.attribution import Featurizer, split_state, to_device
 from trak_dropout.gradients import BatchError
 from trak_dropout.lightning.data import TrainingData
@@ -20,8 +20,6 @@ from trak_dropout.lightning.processes import Processes
 from trak_dropout.lightning.rows import RowWriter, featurized, row_writer
 from trak_dropout.projector import NonFiniteGradientError
 from trak_dropout.store import IncompleteStoreError, ManifestSaver, Store
-
-_CHUNK = 2**22
 
 
 class Collection:
@@ -301,7 +299,9 @@ class Collection:
         self._saver.describe(
             model_id,
             seconds=round(time.perf_counter() - started, 3),
-            checksums={name: checksum(directory, name) for name in ("grads", "out_to_loss")},
+            checksums={
+                name: checksum(directory / f"{name}.mmap") for name in ("grads", "out_to_loss")
+            },
         )
         self._saver.load_current_store(model_id)
         self._saver.serialize_current_model_id_metadata()
@@ -318,20 +318,6 @@ class Collection:
 
     def _next_id(self) -> int:
         return max([-1, *map(int, self._saver.manifest["model_ids"]), *self._saver.dropped]) + 1
-
-
-def checksum(directory: Path, name: str) -> str:
-    """Return the CRC-32 of one of a checkpoint's files, eight hexadecimal digits.
-
-    Args:
-        directory: the checkpoint's directory.
-        name: ``"grads"`` or ``"out_to_loss"``.
-    """
-    value = 0
-    with open(directory / f"{name}.mmap", "rb") as file:
-        while chunk := file.read(_CHUNK):
-            value = zlib.crc32(chunk, value)
-    return f"{value:08x}"
 
 
 def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -29,6 +29,7 @@ from trak_dropout._safetensors import check_storable
 from trak_dropout.attribution import (
     AttributionStore,
     Featurizer,
+    in_dataset_order,
     load_weights,
     split_state,
     to_device,
@@ -354,7 +355,9 @@ class GradientCollector(pl.Callback):
         Raises:
             FileNotFoundError: nothing has been collected yet.
         """
-        return AttributionStore(self.save_dir, self._module, self.task)
+        model = None if self._module is None else submodule(self._module, self.model)
+        task = self._output if self.task == OWN_LOSS else self.task
+        return AttributionStore(self.save_dir, model, task)
 
     @property
     def model_ids(self) -> list[int]:
@@ -364,6 +367,7 @@ class GradientCollector(pl.Callback):
     def attribute(
         self,
         loader: Iterable[Any],
+        model: nn.Module | None = None,
         *,
         model_ids: Iterable[int] | None = None,
         damping: float | str = "auto",
@@ -372,7 +376,9 @@ class GradientCollector(pl.Callback):
         """Score every training sample for every target.
 
         Args:
-            loader: batches of targets, as the task takes them.
+            loader: batches of targets, as for training.
+            model: the module that was trained; needed only after ``ddp_spawn``, which trains in
+                other processes than the one that called ``fit``.
             model_ids: the checkpoints to average; all collected ones when None.
             damping: relative damping, as for `DampedScoreComputer`.
             progress: whether to show a progress bar.
@@ -380,7 +386,13 @@ class GradientCollector(pl.Callback):
         Returns:
             float32 ``(n_train, n_targets)``; see `AttributionStore.attribute`.
         """
-        return self.store.attribute(loader, model_ids=model_ids, damping=damping, progress=progress)
+        module = self._module
+        if self.model is not None and module is not None:  # whose hooks prepare batches for it
+            batches = in_dataset_order(loader)
+            loader = [to_device(module, batch, module.device) for batch in batches]
+        return self.store.attribute(
+            loader, model, model_ids=model_ids, damping=damping, progress=progress
+        )
 
     def self_influence(
         self, model_ids: Iterable[int] | None = None, damping: float | str = "auto"
