@@ -20,6 +20,12 @@ from trak_dropout.lightning import GradientCollector
 from trak_dropout.store import Store
 
 
+def net(cls: type[Classifier] = Classifier, *given: Any) -> Classifier:
+    """A module with the same weights each time."""
+    torch.manual_seed(0)
+    return cls(*(given or (mlp(),)))
+
+
 def steps(collector: GradientCollector) -> list[int]:
     return [collector.store.describe(m)["global_step"] for m in collector.model_ids]
 
@@ -63,7 +69,7 @@ def test_checkpoints_are_tied_to_files_and_metrics(tmp_path: Path) -> None:
             tmp_path / f"{name}_ckpt", filename="{epoch}", monitor="val_loss", save_top_k=1
         )
         trainer(max_epochs=4, callbacks=[collector, saver], enable_checkpointing=True).fit(
-            Classifier(mlp()), data, loader(target_set())
+            net(), data, loader(target_set())
         )
         return collector
 
@@ -88,7 +94,7 @@ def test_the_trainers_checkpoint_plugin_is_given_back(tmp_path: Path) -> None:
     second = GradientCollector(tmp_path / "b", proj_dim=40, seed=1)
     runner = trainer(max_epochs=1, callbacks=[first, second])
     plugin = runner.strategy.checkpoint_io
-    runner.fit(Classifier(mlp()), loader(train_set()))
+    runner.fit(net(), loader(train_set()))
     assert runner.strategy.checkpoint_io is plugin
     assert first.store.grads(0).shape == (300, 48)
     assert second.store.grads(0).shape == (300, 40)
@@ -111,18 +117,18 @@ def test_iterable_data_sets_of_stated_length(tmp_path: Path, how: str) -> None:
             return 120
 
     data, options = (Sized(), {}) if how == "len" else (Stream(), {"train_set_size": 120})
-    collector, module, _ = fit(
-        tmp_path / "s", Classifier(mlp()), DataLoader(data, 50), max_epochs=1, **options
+    collector, _module, _ = fit(
+        tmp_path / "s", net(), DataLoader(data, 50), max_epochs=1, **options
     )
-    fixed, _, _ = fit(tmp_path / "m", Classifier(mlp()), loader(train_set(120)), max_epochs=1)
+    fixed, _, _ = fit(tmp_path / "m", net(), loader(train_set(120)), max_epochs=1)
     np.testing.assert_array_equal(collector.store.grads(0), fixed.store.grads(0))
 
 
 def test_a_stream_of_another_length_is_refused(tmp_path: Path) -> None:
-    for stated, words in ((150, "holds 20 samples instead of 50"), (260, "ended after 3 of 6")):
+    for stated, words in ((150, "holds 20 samples instead of 50"), (200, "ended after 3 of 5")):
         with pytest.raises(BatchError, match=words):
             fit(
-                tmp_path / str(stated), Classifier(mlp()), DataLoader(Stream(), 50),
+                tmp_path / str(stated), net(), DataLoader(Stream(), 50 if stated == 150 else 40),
                 train_set_size=stated,
             )  # fmt: skip
         assert open_store(tmp_path / str(stated)).model_ids == []
@@ -130,16 +136,16 @@ def test_a_stream_of_another_length_is_refused(tmp_path: Path) -> None:
 
 def test_a_loader_given(tmp_path: Path) -> None:
     given = loader(train_set(80), 16, shuffle=True, num_workers=2)
-    collector, _, _ = fit(tmp_path / "a", Classifier(mlp()), max_epochs=1, dataloader=given)
+    collector, _, _ = fit(tmp_path / "a", net(), max_epochs=1, dataloader=given)
     assert collector.store.train_set_size == 80
-    whole, _, _ = fit(tmp_path / "b", Classifier(mlp()), max_epochs=1, batch_size=16)
+    whole, _, _ = fit(tmp_path / "b", net(), max_epochs=1, batch_size=16)
     np.testing.assert_array_equal(collector.store.grads(0), whole.store.grads(0)[:80])
 
 
 def test_indices(tmp_path: Path) -> None:
     chosen = [250, 3, 3, 77]
-    collector, _, _ = fit(tmp_path / "a", Classifier(mlp()), max_epochs=1, indices=chosen)
-    whole, _, _ = fit(tmp_path / "b", Classifier(mlp()), max_epochs=1)
+    collector, _, _ = fit(tmp_path / "a", net(), max_epochs=1, indices=chosen)
+    whole, _, _ = fit(tmp_path / "b", net(), max_epochs=1)
     np.testing.assert_allclose(
         collector.store.grads(0), whole.store.grads(0)[chosen], rtol=1e-4, atol=1e-6
     )
@@ -159,9 +165,7 @@ def test_augmentation_of_a_sample_depends_on_its_index_alone(tmp_path: Path) -> 
 
     data = Noisy(*train_set(90).tensors)
     stores = [
-        fit(tmp_path / str(i), Classifier(mlp()), loader(data, 30), max_epochs=1, **options)[
-            0
-        ].store
+        fit(tmp_path / str(i), net(), loader(data, 30), max_epochs=1, **options)[0].store
         for i, options in enumerate(
             ({}, {"dataloader": loader(data, 30, num_workers=2)}, {"augmentation_seed": 5})
         )
@@ -171,7 +175,7 @@ def test_augmentation_of_a_sample_depends_on_its_index_alone(tmp_path: Path) -> 
     part = Subset(data, range(30, 90))
     shifted, _, _ = fit(
         tmp_path / "x",
-        Classifier(mlp()),
+        net(),
         loader(data, 30),
         max_epochs=1,
         dataloader=loader(part, 30),
@@ -205,35 +209,41 @@ def test_parameters_by_pattern(tmp_path: Path) -> None:
 
 def test_the_modules_own_loss(tmp_path: Path) -> None:
     class WithLoss(Classifier):
-        def __init__(self) -> None:
-            super().__init__(mlp())
+        def __init__(self, given: nn.Module) -> None:
+            super().__init__(given)
             self.criterion = nn.CrossEntropyLoss()
 
-    collector, module, _ = fit(tmp_path / "a", WithLoss(), max_epochs=1, task="loss")
+    collector, _module, _ = fit(tmp_path / "a", net(WithLoss), max_epochs=1, task="loss")
     other, _, _ = fit(
-        tmp_path / "b", WithLoss(), max_epochs=1, task=LossOutput(nn.CrossEntropyLoss())
+        tmp_path / "b", net(WithLoss), max_epochs=1, task=LossOutput(nn.CrossEntropyLoss())
     )
     np.testing.assert_array_equal(collector.store.grads(0), other.store.grads(0))
     assert collector.store.settings.task == "LossOutput(CrossEntropyLoss())"
     scores = collector.attribute(loader(target_set()), progress=False)
     assert scores.shape == (300, 20)
     with pytest.raises(MisconfigurationException, match="has no loss function as attribute"):
-        fit(tmp_path / "c", Classifier(mlp()), task="loss")
+        fit(tmp_path / "c", net(), task="loss")
+
+
+class Unlogged(Classifier):
+    """Lightning's logging cannot be compiled."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_modules(tmp_path: Path, whole: bool) -> None:
-    plain, _, _ = fit(tmp_path / "a", Classifier(mlp()), max_epochs=1)
-    pl.seed_everything(0, verbose=False)
-    module = Classifier(mlp())
+    module: Any = net(Unlogged)
     if whole:
         module = torch.compile(module, backend="eager")
     else:
         module.net = torch.compile(module.net, backend="eager")
     collector, _, _ = fit(tmp_path / "b", module, max_epochs=1)
-    np.testing.assert_array_equal(collector.store.grads(0).shape, plain.store.grads(0).shape)
-    assert np.isfinite(collector.self_influence()).all()
-    assert np.isfinite(collector.attribute(loader(target_set()), progress=False)).all()
+    plain, _, _ = fit(tmp_path / "a", net(Unlogged), max_epochs=1)
+    np.testing.assert_allclose(collector.store.grads(0), plain.store.grads(0), rtol=1e-3, atol=1e-5)
+    scores = [c.attribute(loader(target_set()), progress=False) for c in (collector, plain)]
+    np.testing.assert_allclose(*scores, rtol=1e-2, atol=1e-6)
 
 
 # --- for whom -------------------------------------------------------------------------------------
@@ -250,7 +260,7 @@ def test_targets_are_kept_with_each_checkpoint(tmp_path: Path) -> None:
         def test_dataloader(self) -> DataLoader:
             return loader(target_set(), shuffle=True)
 
-    collector, module, _ = fit(tmp_path / "a", Classifier(mlp()), Data(), targets=["val", "test"])
+    collector, _module, _ = fit(tmp_path / "a", net(), Data(), targets=["val", "test"])
     store = Store(tmp_path / "a")
     scores = collector.attribute(loader(target_set()), progress=False)
     indices, values = top_influences(store, "test", 5)  # no model at hand
@@ -258,9 +268,7 @@ def test_targets_are_kept_with_each_checkpoint(tmp_path: Path) -> None:
     np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
     assert top_influences(store, "val", 5)[0].shape == (12, 5)
     assert indices.shape == (20, 5)
-    by_name, _, _ = fit(
-        tmp_path / "b", Classifier(mlp()), targets={"mine": loader(target_set())}, max_epochs=1
-    )
+    by_name, _, _ = fit(tmp_path / "b", net(), targets={"mine": loader(target_set())}, max_epochs=1)
     assert top_influences(by_name.store, "mine", 3)[0].shape == (20, 3)
     with pytest.raises(MisconfigurationException, match="needs a loader from the test_dataloader"):
         fit(tmp_path / "c", targets="test")
