@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from trak_dropout._files import checksum
-from trak_dropout.store import FORMAT_VERSION, IncompleteStoreError, Store
+from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.store import FORMAT_VERSION, Store
 
 _ROWS = 4096
 
@@ -150,7 +151,7 @@ def inspect_store(save_dir: str | Path, *, thorough: bool = False) -> StoreRepor
 
 def _states(root: Path, problems: list[str]) -> dict[int, bool]:
     """Whether TRAK's files call each checkpoint complete."""
-    states = {}
+    states: dict[int, bool] = {}
     for file in root.glob("id_*.json"):
         try:
             content = json.loads(file.read_text())
@@ -195,8 +196,8 @@ def _checkpoint(
             problems.append(f"{name}.mmap has CRC-32 {found} instead of {wanted}: it has changed")
     for name, about in experiments.items():
         if (directory / f"{name}_grads.mmap").is_file():
-            shape = (int(about["num_targets"]), k)
-            problems += _matrix(store, model_id, f"{name}_grads", shape, thorough)
+            wide = (int(about["num_targets"]), k)
+            problems += _matrix(store, model_id, f"{name}_grads", wide, thorough)
         else:
             report.notes.append(f"experiment {name!r} has no targets here")
     if (directory / "weights.safetensors").is_file():

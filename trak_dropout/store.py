@@ -348,8 +348,9 @@ class ManifestSaver(MmapSaver):
         for model_id in self.dropped:
             _remove_checkpoint(self.save_dir, str(model_id))
         remove_leftovers(self.save_dir)
-        for model_id in self.manifest["model_ids"]:
-            remove_leftovers(self.save_dir / model_id)
+        for directory in self.save_dir.iterdir():  # also of one that is not in the manifest yet
+            if directory.is_dir() and directory.name.isdigit():
+                remove_leftovers(directory)
 
     def is_complete(self, model_id: int) -> bool:
         """Whether all training samples of a checkpoint are featurized."""

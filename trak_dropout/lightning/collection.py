@@ -19,7 +19,9 @@ from trak_dropout.lightning.data import TrainingData
 from trak_dropout.lightning.processes import Processes
 from trak_dropout.lightning.rows import RowWriter, featurized, row_writer
 from trak_dropout.projector import NonFiniteGradientError
-from trak_dropout.store import IncompleteStoreError, ManifestSaver, Store
+from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.scaling import StorageScales
+from trak_dropout.store import ManifestSaver, Store
 
 
 class Collection:
@@ -197,31 +199,39 @@ class Collection:
         self.count += 1
         self._featurizer.reload()
 
-        def begin() -> tuple[int, list[int] | None]:
+        def begin() -> tuple[int, bool]:
             model_id = self.register(facts, *split_state(model))
-            if self._saver.is_complete(model_id):
-                return model_id, None
-            self._calibrate(module, data, model_id)
-            return model_id, data.unfinished(featurized(self._root / str(model_id)))
+            complete = self._saver.is_complete(model_id)
+            if not complete:
+                self._saver.load_current_store(model_id)
+                self._calibrate(module, data, model_id)
+            return model_id, complete
 
-        model_id, batches = self._processes.agree(begin)
-        if batches is None:
+        model_id, complete = self._processes.agree(begin)
+        if complete:
             return model_id, 0
-        computed = sum(len(data.rows(number)) for number in batches)
-        with self._processes.together():
-            share = np.array_split(np.array(batches, int), self._processes.count)
-            self._share_statistics()
-            with row_writer(self._root / str(model_id)) as writer:
-                self._featurize(
-                    module, data, model_id, share[self._processes.rank].tolist(), writer, progress
-                )
+        too_large: float | None = None
+        while True:  # a second time only where float16 could not hold a gradient
+            batches, factor = self._processes.agree(
+                lambda: self._left_to_do(module, data, model_id, too_large)  # noqa: B023
+            )
+            with self._processes.together():
+                self._share_statistics()
+                self._fix_scale(model_id, factor)
+                share = np.array_split(np.array(batches, int), self._processes.count)
+                with row_writer(self._root / str(model_id)) as writer:
+                    mine = share[self._processes.rank].tolist()
+                    needed = self._featurize(module, data, model_id, mine, writer, progress)
+            too_large = self._processes.least(needed)
+            if too_large is None:
+                break
 
         def finish() -> None:
             self._keep_targets(module, model_id, targets)
             self._complete(model_id, started)
 
         self._processes.agree(finish)
-        return model_id, computed
+        return model_id, sum(len(data.rows(number)) for number in batches)
 
     # --- inside ----------------------------------------------------------------------------
 
@@ -233,7 +243,8 @@ class Collection:
         batches: list[int],
         writer: RowWriter,
         progress: Callable[[int], None],
-    ) -> None:
+    ) -> float | None:
+        """Write rows; returns the factor that float16 needs, where the one it has is too large."""
         done = 0
         for number, raw in data.read(batches):
             rows = data.rows(number)
@@ -241,6 +252,8 @@ class Collection:
             try:
                 grads = self._featurizer.features(batch, model_id)
                 out_to_loss = self._featurizer.out_to_loss(batch)
+            except _TooLargeError as error:
+                return error.factor
             except NonFiniteGradientError as error:
                 samples = [rows.start + i for i in error.samples]
                 raise NonFiniteGradientError(
@@ -259,6 +272,35 @@ class Collection:
             raise BatchError(
                 f"the training data ended after {done} of {len(batches)} batches; a dataset must "
                 f"hold the {data.size} samples that it states (or that train_set_size says)"
+            )
+        return None
+
+    def _left_to_do(
+        self,
+        module: pl.LightningModule,
+        data: TrainingData,
+        model_id: int,
+        too_large: float | None,
+    ) -> tuple[list[int], float | None]:
+        """Return the batches that are not written, and the factor for float16 storage."""
+        saver, projector = self._saver, self._featurizer.projector
+        if too_large is not None:
+            saver.restart(model_id, too_large)
+        factor = saver.manifest["model_ids"][str(model_id)].get("scale")
+        if factor is None and projector.scales is not None:
+            # The first batch chooses it, wherever a pass begins and whoever reads that batch.
+            _, batch = next(data.read([0]))
+            self._featurizer.features(to_device(module, batch, module.device), model_id)
+            factor = projector.scales.factors.get(model_id, 1.0)
+        return data.unfinished(featurized(self._root / str(model_id))), factor
+
+    def _fix_scale(self, model_id: int, factor: float | None) -> None:
+        """Store gradients with the factor that all processes use, or with none."""
+        projector = self._featurizer.projector
+        projector.scales = None
+        if factor is not None:
+            projector.scales = StorageScales(
+                projector.grad_dim**0.5, {model_id: factor}, _raise_too_large
             )
 
     def _calibrate(self, module: pl.LightningModule, data: TrainingData, model_id: int) -> None:
@@ -318,6 +360,18 @@ class Collection:
 
     def _next_id(self) -> int:
         return max([-1, *map(int, self._saver.manifest["model_ids"]), *self._saver.dropped]) + 1
+
+
+class _TooLargeError(ArithmeticError):
+    """A gradient does not fit float16 with the factor that was chosen."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(factor)
+        self.factor = factor
+
+
+def _raise_too_large(model_id: int, factor: float, before: float | None) -> None:
+    raise _TooLargeError(factor)
 
 
 def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -92,6 +92,19 @@ class Processes:
         if failure is not None:
             raise failure
 
+    def least(self, value: float | None) -> float | None:
+        """Return the smallest value of all processes that have one.
+
+        Args:
+            value: this process's; None when it has none.
+        """
+        values = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            with _peers_needed():
+                distributed.all_gather_object(values, value)
+        return min((v for v in values if v is not None), default=None)
+
     def same(self, what: str, value: Any) -> None:
         """Check that a value is the same in all processes.
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak_dropout.store import IncompleteStoreError, storable
+from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.store import storable
 
 _COMMIT_SECONDS = 1.0
 
