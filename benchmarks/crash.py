@@ -8,17 +8,18 @@ Then the store and the trained weights must equal those of a run that nobody dis
 
     python benchmarks/crash.py --runs 50
 
-Writes benchmarks/results/crash.json.
+Runs are forked from a process that has imported everything, so that kills fall into training and
+collecting. Writes benchmarks/results/crash.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from trak_dropout import _files
+from trak_dropout.lightning import GradientCollector
 
 RESULTS = Path(__file__).parent / "results"
 VOLATILE = ("seconds",)
@@ -45,16 +54,10 @@ def train(out: Path, when: str, kill_in_write: int) -> None:
         when: the collector's moment.
         kill_in_write: die in the middle of this many-th file to be replaced; never when 0.
     """
-    import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import ModelCheckpoint
-    from sklearn.datasets import load_digits
-    from torch import nn
-    from torch.utils.data import DataLoader, TensorDataset
-
-    from trak_dropout import _files
-    from trak_dropout.lightning import GradientCollector
-
-    torch.set_num_threads(1)
+    log = os.open(out / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels[:400] / 16, dtype=torch.float32).view(-1, 1, 8, 8)
     data = TensorDataset(images, torch.tensor(labels[:400]))
@@ -125,19 +128,25 @@ def _die_in_write(files: Any, number: int) -> None:
 # --- killing and comparing ------------------------------------------------------------------------
 
 
-def start(out: Path, when: str, kill_in_write: int = 0) -> subprocess.Popen[bytes]:
+def start(out: Path, when: str, kill_in_write: int = 0) -> Any:
     """Start a run."""
-    words = [sys.executable, __file__, "--train", str(out), when, str(kill_in_write)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = open(out / "log.txt", "ab")  # noqa: SIM115
-    return subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+    torch.set_num_threads(1)  # a process that has threads must not be forked
+    run = multiprocessing.get_context("fork").Process(target=train, args=(out, when, kill_in_write))
+    run.start()
+    return run
+
+
+def ended(run: Any, seconds: float | None = None) -> int | None:
+    """Wait for a run; returns its exit code, or None where it takes longer."""
+    run.join(seconds)
+    return run.exitcode
 
 
 def undisturbed(out: Path, when: str) -> float:
     """Run to the end; returns the seconds it took."""
     out.mkdir(parents=True)
     begun = time.monotonic()
-    if start(out, when).wait():
+    if ended(start(out, when)):
         raise RuntimeError(f"a run that nobody disturbed failed: {(out / 'log.txt').read_text()}")
     return time.monotonic() - begun
 
@@ -146,21 +155,19 @@ def killed(out: Path, when: str, seconds: float, rng: random.Random, most: int =
     """Kill a run at random moments until it has been killed ``most`` times, then let it end."""
     out.mkdir(parents=True)
     moments: list[str] = []
-    # Importing takes more than half of the time; what matters comes after it.
     while len(moments) < most:
         aimed = rng.random() < 0.5
         process = start(out, when, rng.randint(1, 14) if aimed else 0)
-        try:
-            code = process.wait(None if aimed else seconds * rng.uniform(0.3, 1.0))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            code = process.wait()
+        code = ended(process, None if aimed else seconds * rng.uniform(0.1, 1.0))
+        if code is None:
+            process.kill()
+            code = ended(process)
         if code == 0:
             break
         if code != -signal.SIGKILL:
             raise RuntimeError(f"a resumed run failed: {(out / 'log.txt').read_text()[-3000:]}")
         moments.append(("while writing: " if aimed else "at random: ") + _state(out))
-    if not (out / "weights.pt").is_file() and start(out, when).wait():
+    if not (out / "weights.pt").is_file() and ended(start(out, when)):
         raise RuntimeError(f"a resumed run failed: {(out / 'log.txt').read_text()[-3000:]}")
     return moments
 
@@ -236,11 +243,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "crash.json")
-    parser.add_argument("--train", nargs=3, metavar=("OUT", "WHEN", "KILL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.train:
-        train(Path(options.train[0]), options.train[1], int(options.train[2]))
-        return 0
     found = measure(options.runs, options.seed)
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -190,10 +190,13 @@ def _checkpoint(
             report.notes.append(f"{report.rows} of {n} rows; a resumed run collects the rest")
         return report
     for name, width in (("grads", k), ("out_to_loss", 1)):
-        problems += _matrix(store, model_id, name, (n, width), thorough)
+        wrong = list(_matrix(store, model_id, name, (n, width), thorough))
         wanted = facts.get("checksums", {}).get(name)
-        if thorough and wanted and (found := checksum(directory / f"{name}.mmap")) != wanted:
-            problems.append(f"{name}.mmap has CRC-32 {found} instead of {wanted}: it has changed")
+        if thorough and wanted and not wrong:
+            found = checksum(directory / f"{name}.mmap")
+            if found != wanted:
+                wrong = [f"{name}.mmap has CRC-32 {found} instead of {wanted}: it has changed"]
+        problems += wrong
     for name, about in experiments.items():
         if (directory / f"{name}_grads.mmap").is_file():
             wide = (int(about["num_targets"]), k)

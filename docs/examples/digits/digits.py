@@ -79,4 +79,4 @@ class Network(pl.LightningModule):
 
 
 if __name__ == "__main__":
-    LightningCLI(Network, Digits, seed_everything_default=0)
+    LightningCLI(Network, Digits, seed_everything_default=0, save_config_callback=None)
