@@ -92,7 +92,8 @@ def train(out: Path, when: str, kill_in_write: int) -> None:
     torch.manual_seed(0)
     schedule = {"every_n_train_steps": 5} if when == "step" else {}
     saver = ModelCheckpoint(
-        out / "ckpt", filename="{step}", save_top_k=-1, save_last=True, enable_version_counter=False,
+        out / "ckpt", filename="{step}", save_top_k=-1, save_last=True,
+        enable_version_counter=False,
         **({"every_n_train_steps": 4} if when == "step" else {}),
     )  # fmt: skip
     collector = GradientCollector(

@@ -30,7 +30,9 @@ def start(out: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def one_process_rows(weights: list[dict], n: int, save_dir: Path) -> list[np.ndarray]:
+def one_process_rows(
+    weights: list[dict], n: int, save_dir: Path, **options: Any
+) -> list[np.ndarray]:
     """Rows that a run of one process collects at two sets of weights."""
 
     class Given(Classifier):
@@ -45,7 +47,8 @@ def one_process_rows(weights: list[dict], n: int, save_dir: Path) -> list[np.nda
             if batch_idx == 0:
                 self.take(1)
 
-    collector = GradientCollector(save_dir, proj_dim=16, batch_size=10, when="checkpoint")
+    settings: dict[str, Any] = {"proj_dim": 16, "batch_size": 10, **options}
+    collector = GradientCollector(save_dir, when="checkpoint", **settings)
     trainer(max_epochs=1, callbacks=[collector]).fit(Given(convnet()), loader(Noisy(n), 7))
     return [np.array(collector.store.grads(m)) for m in (0, 1)]
 
@@ -64,11 +67,15 @@ def _one_thread() -> Any:
 def test_rows_are_those_of_one_process(tmp_path: Path, strategy: str, n: int) -> None:
     if (strategy, n) == ("ddp_spawn", 7):
         pytest.skip("as with ddp")
-    result = start(tmp_path / "ddp", strategy=strategy, n=n, sampler=strategy == "ddp_spawn")
+    options: dict[str, Any] = {}
+    if n == 7:
+        options = {"proj_type": "weighted_dropout", "fold": 2, "use_half_precision": True}
+    spawned = strategy == "ddp_spawn"
+    result = start(tmp_path / "ddp", strategy=strategy, n=n, sampler=spawned, collector=options)
     assert result.returncode == 0, result.stderr[-3000:]
     store = open_store(tmp_path / "ddp" / "store", Epochwise(convnet()))
     assert store.model_ids == [0, 1]
-    expected = one_process_rows([store.weights(m) for m in (0, 1)], n, tmp_path / "one")
+    expected = one_process_rows([store.weights(m) for m in (0, 1)], n, tmp_path / "one", **options)
     for model_id, rows in enumerate(expected):
         np.testing.assert_array_equal(store.grads(model_id), rows)
         assert rows.shape == (n, 16)

@@ -274,6 +274,38 @@ def test_an_interrupted_collection_goes_on_where_it_stopped(tmp_path: Path) -> N
         np.testing.assert_array_equal(resumed.store.grads(model_id), whole.store.grads(model_id))
 
 
+def test_a_run_killed_in_its_last_collection_is_finished(tmp_path: Path) -> None:
+    # The checkpoint is there, so the resumed run has nothing to train.
+    class Breaks(Classifier):
+        broken = False
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            if not self.training and self.trainer.global_step == 12 and not type(self).broken:
+                type(self).broken = True
+                raise RuntimeError("stopped")
+            return batch
+
+    def run(root: Path, module: Any, path: Any = None, **options: Any) -> GradientCollector:
+        pl.seed_everything(0, verbose=False)
+        collector = GradientCollector(root, proj_dim=48, **options)
+        saver = ModelCheckpoint(root.with_name(f"{root.name}_ckpt"), filename="last")
+        trainer(max_epochs=2, callbacks=[collector, saver], enable_checkpointing=True).fit(
+            module(mlp()), loader(train_set()), ckpt_path=path
+        )
+        return collector
+
+    for when in ("checkpoint", "train_end"):
+        whole = run(tmp_path / f"whole_{when}", Classifier, when=when)
+        Breaks.broken = False
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(tmp_path / when, Breaks, when=when)
+        path = max((tmp_path / f"{when}_ckpt").iterdir(), key=lambda f: f.stat().st_mtime)
+        resumed = run(tmp_path / when, Breaks, path, when=when)
+        assert resumed.model_ids == whole.model_ids
+        last = whole.model_ids[-1]
+        np.testing.assert_array_equal(resumed.store.grads(last), whole.store.grads(last))
+
+
 def test_rows_at_other_weights_do_not_count(tmp_path: Path) -> None:
     fit(tmp_path / "s", Classifier(mlp()), max_epochs=1)
     # As if it had been interrupted, and the resumed run passed other weights.
