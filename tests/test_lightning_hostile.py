@@ -117,10 +117,9 @@ except PermissionError as error:
 """
     (tmp_path / "closed").mkdir()
     (tmp_path / "closed").chmod(0o555)
-    for parent in tmp_path.parents:  # nobody must be able to get there
-        if parent != Path("/") and parent.stat().st_mode & 0o001 == 0:
+    for parent in [tmp_path, *tmp_path.parents]:  # nobody must be able to get there
+        if not parent.stat().st_mode & 0o001:
             parent.chmod(parent.stat().st_mode | 0o055)
-    tmp_path.chmod(0o755)
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=200
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 import uuid
@@ -191,7 +192,7 @@ class GradientCollector(pl.Callback):
             if overwrite and adopt:
                 raise ValueError("overwrite and adopt exclude each other")
             self._moments = _moments(when, every_n_train_steps)
-            if Path(save_dir).exists() and not Path(save_dir).is_dir():
+            if os.path.exists(save_dir) and not os.path.isdir(save_dir):
                 raise ValueError(f"save_dir={str(save_dir)!r} is no directory")
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"GradientCollector: {error}") from error
@@ -581,6 +582,13 @@ class GradientCollector(pl.Callback):
     # In the process that writes checkpoints, which is the first one.
 
     def _on_saving(self, checkpoint: dict[str, Any], path: Path) -> None:
+        try:
+            self._tie(checkpoint, path)
+        except OSError as error:  # raised again when collecting: the checkpoint comes first
+            _LOG.error("GradientCollector: %s (%s is saved nevertheless)", error, path)
+
+    def _tie(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Note where a checkpoint goes, and register it if it is to be collected."""
         collection, module = self._collection, self._module
         if collection is None or module is None:
             return
@@ -593,11 +601,7 @@ class GradientCollector(pl.Callback):
             weights, transient = split_state(model)
             held = submodule_weights(module, model, checkpoint["state_dict"])
             weights = {n: held.get(n, t).detach().to(t.dtype) for n, t in weights.items()}
-            try:
-                collection.register(facts, weights, transient)
-            except OSError as error:
-                _LOG.error("%s (the checkpoint %s is saved nevertheless)", error, path)
-                return  # raised again when it is collected, after the checkpoint is safe
+            collection.register(facts, weights, transient)
         # Saved before it is collected, from the validation loop for example.
         self._files = (at, [*(self._files[1] if self._files[0] == at else []), str(path)])
         collection.checkpoint_saved(at, str(path), metrics)
