@@ -7,8 +7,10 @@ the model trained on it (Spearman over halves, mean over targets). All methods s
 checkpoints, gradients and dampings; each is reported at its best damping, averaged over seeds of
 the projection.
 
-    python benchmarks/folds.py              # about half an hour on 2 cores; trained halves are kept
+    python benchmarks/folds.py              # an hour on 2 cores; trained halves are kept
     python benchmarks/folds.py --quick      # a minute: fewer of everything
+
+What the results hold already, for the same numbers of halves and so on, is not measured again.
 
 Fashion-MNIST: Debian's dataset-fashion-mnist, or --fashion-mnist DIR with its four .gz files.
 """
@@ -42,7 +44,7 @@ FOLDS = (1, 2, 4, 8, 16, 32, 64)
 SCHEMES = {
     **{f"dropout, fold {fold}": ("dropout", fold) for fold in FOLDS},
     **{f"unit, fold {fold}": ("unit_dropout", fold) for fold in (1, 16)},
-    **{f"weighted, fold {fold}": ("weighted_dropout", fold) for fold in (1, 2, 4, 16)},
+    **{f"weighted, fold {fold}": ("weighted_dropout", fold) for fold in FOLDS},
 }
 
 
@@ -51,9 +53,9 @@ def features(
     models: list[nn.Module],
     dims: list[int],
     seed: int,
-    schemes: dict[str, tuple[str, int]],
+    methods: list[str],
 ) -> Iterator[tuple[str, int, list[Any]]]:
-    """Compress the gradients of all checkpoints by all methods, one pass over the gradients each.
+    """Compress the gradients of all checkpoints by some methods, one pass over the gradients each.
 
     Yields:
         Method, k, and for each checkpoint the features of training samples and of targets and the
@@ -67,7 +69,8 @@ def features(
         p = sum(parameter.numel() for parameter in model.parameters())
         projectors: dict[tuple[str, int], DropoutProjector] = {
             (name, k): DropoutProjector.from_model(model, k, seed, scheme, fold=fold)
-            for name, (scheme, fold) in schemes.items()
+            for name, (scheme, fold) in SCHEMES.items()
+            if name in methods
             for k in dims
         }
         calibration = [tuple(part[: n : max(1, n // 400)] for part in setting.train)]
@@ -83,9 +86,10 @@ def features(
         for batch in tqdm(batches, desc=f"{setting.name}: checkpoint {model_id}", leave=False):
             grads = computer.compute_per_sample_grad(batch)
             out_to_loss.append(computer.compute_loss_grad(batch))
-            dense = gaussian.project(grads, model_id)
-            for k in dims:  # the first columns of a Gaussian projection are one themselves
-                parts.setdefault(("Gaussian", k), []).append(dense[:, :k])
+            if "Gaussian" in methods:
+                dense = gaussian.project(grads, model_id)
+                for k in dims:  # the first columns of a Gaussian projection are one themselves
+                    parts.setdefault(("Gaussian", k), []).append(dense[:, :k])
             for key, projector in projectors.items():
                 parts.setdefault(key, []).append(projector.project(grads, model_id))
         q = torch.cat(out_to_loss)[:n]
@@ -108,14 +112,16 @@ def scores(checkpoints: list[Any], damping: float, grams: list[Tensor]) -> np.nd
     return (total * weight).numpy()
 
 
-def study(setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure all methods in a setting."""
+def study(
+    setting: Setting, methods: list[str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Measure methods in a setting."""
     masks, outputs = halves(setting, options.halves, options.cache)
     everything = torch.arange(len(setting.train[0]))
     models = [train(setting, everything, seed) for seed in range(options.checkpoints)]
     found: dict[tuple[str, int], list[dict[float, float]]] = {}
     for seed in range(options.seeds):
-        for method, k, checkpoints in features(setting, models, options.proj_dims, seed, SCHEMES):
+        for method, k, checkpoints in features(setting, models, options.proj_dims, seed, methods):
             grams = [x.double().T @ x.double() for x, _, _ in checkpoints]
             by_damping = {
                 damping: linear_datamodeling_score(
@@ -189,18 +195,26 @@ def main() -> None:
     if options.quick:
         options.halves, options.checkpoints, options.proj_dims = 10, 1, [128]
         options.seeds = 1
-    rows: list[dict[str, Any]] = []
+    common = {
+        "halves": options.halves,
+        "checkpoints": options.checkpoints,
+        "seeds": options.seeds,
+        "proj_dims": options.proj_dims,
+    }
+    kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    same = {name: kept.get(name) for name in common} == common
+    rows: list[dict[str, Any]] = kept["rows"] if same else []
     for name in options.settings:
         size = (300, 20) if options.quick else ()
         setting = SETTINGS[name](*size, folder=options.fashion_mnist)
         started = time.perf_counter()
-        rows += study(setting, options)
+        known = {row["method"] for row in rows if row["setting"] == setting.name}
+        missing = [method for method in ("Gaussian", *SCHEMES) if method not in known]
+        rows += study(setting, missing, options) if missing else []
+        rows.sort(key=lambda row: ["Gaussian", *SCHEMES].index(row["method"]))
         print(f"{setting.name}: {time.perf_counter() - started:.0f} s", flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(
-            json.dumps({"halves": options.halves, "seeds": options.seeds, "rows": rows}, indent=1)
-            + "\n"
-        )
+        options.out.write_text(json.dumps({**common, "rows": rows}, indent=1) + "\n")
         draw(rows, options.out.with_suffix(".png"))
     print(f"\nLDS at the best damping\n{table(rows)}\n\nwritten to {options.out}")
 

@@ -258,6 +258,35 @@ def test_language_models(name: str) -> None:
         assert ways(computer)["transformer.wte.weight"] == "rules of Embedding, Linear"
 
 
+def test_gradients_that_cancel_are_no_mixed_samples() -> None:
+    """The bias of attention's keys has no influence: in float32 its gradient is noise."""
+    import transformers as tf
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+            config = tf.BertConfig(vocab_size=50, hidden_size=32, num_labels=3, **shape)
+            self.net = tf.BertForSequenceClassification(config)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.net(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 50, (32, 48), generator=generator)
+    batch = (tokens, torch.ones_like(tokens), torch.randint(0, 3, (32,), generator=generator))
+    loss = LossOutput(nn.CrossEntropyLoss())
+    grads = FactoredGradientComputer(model, loss).compute_per_sample_grad(batch)
+    expected = oracle(model, loss, batch)
+    overall = max(float(grad.abs().max()) for grad in expected.values())
+    name = "net.bert.encoder.layer.0.attention.self.key.bias"
+    assert float(expected[name].abs().max()) < 1e-5 * overall
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5 * overall)
+
+
 def test_activation_checkpoints_and_autocast() -> None:
     torch.manual_seed(0)
     model = language_models()["gpt_neox"]()

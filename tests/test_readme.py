@@ -1,14 +1,13 @@
 """The README's snippets run, one after the other, as a reader would paste them."""
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import Classifier, checkpoints, loader, mlp, target_set, train_set
+from snippets import ROOT, run, snippets
 
-README = Path(__file__).parents[1] / "README.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+README = ROOT / "README.md"
 
 
 def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,9 +22,8 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "target_loader": loader(target_set()),
         "module": Classifier(mlp()),
     }
-    assert len(SNIPPETS) == 3
-    for snippet in SNIPPETS:
-        exec(compile(snippet, str(README), "exec"), names)
+    assert len(snippets(README)) == 3
+    names = run(README, names)
     assert names["scores"].shape == (300, 20)
     assert names["suspicion"].shape == (300,)
     assert np.isfinite(names["scores"]).all()
@@ -33,8 +31,8 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_the_two_commands() -> None:
-    makefile = (README.parent / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for command in ("demo", "test", "docs"):
         assert f"make {command}" in README.read_text()
         assert f"\n{command}: " in makefile
-    assert (README.parent / "docs/demo.png").is_file()
+    assert (ROOT / "docs/demo.png").is_file()

@@ -135,7 +135,6 @@ class Result:
     recalls: tuple[float, ...] | None = None
     same_class: float | None = None
     seconds: float | None = None
-    curve: NDArray[np.float64] | None = None
 
     @classmethod
     def measure(
@@ -157,7 +156,6 @@ class Result:
             tuple(metrics.mislabel_recall(suspicion, data.flipped, s) for s in INSPECTED),
             None if scores is None else same_class,
             seconds,
-            metrics.recall_curve(suspicion, data.flipped),
         )
 
     def cells(self, absent: str) -> list[str]:
@@ -174,7 +172,7 @@ class Result:
 
     def figures(self) -> dict[str, Any]:
         """Return the row as JSON values."""
-        return {name: value for name, value in vars(self).items() if name != "curve"}
+        return dict(vars(self))
 
 
 def run(out: Path, seed: int = 0) -> dict[str, Any]:
@@ -229,11 +227,12 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
         )
         suspicion, seconds = timed(collector.self_influence)
         scores, more = timed(partial(collector.attribute, progress=False), data.test_loader())
+        others, gaussian = peers(collector.store, module, data, seed)
         rows = [
             Result.measure(
                 OURS, data, suspicion, scores, collector.collect_seconds + seconds + more
             ),
-            *peers(collector.store, module, data, seed),
+            *others,
             Result.measure(LOSS, data, losses, None, None),
         ]
     figures = {
@@ -249,13 +248,22 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
     say(table(rows))
     (out / "results.json").write_text(json.dumps(figures, indent=1))
     page = out / "report.html"
-    page.write_text(report.render(contents(data, suspicion, scores, rows, figures)))
-    say(f"\nflagged images, recall curve and influences with pictures: {page}")
+    with quiet():
+        size = write_page(page, collector.store, data, losses, gaussian, rows, figures)
+    say(
+        f"\nflagged images, recall curve and influences with pictures: {page} ({size / 1e6:.1f} MB)"
+    )
     return figures
 
 
-def peers(store: AttributionStore, module: nn.Module, data: Digits, seed: int) -> list[Result]:
-    """Run TRAK's own Gaussian projection over the store's checkpoints."""
+def peers(
+    store: AttributionStore, module: nn.Module, data: Digits, seed: int
+) -> tuple[list[Result], NDArray[np.float64]]:
+    """Run TRAK's own Gaussian projection over the store's checkpoints.
+
+    Returns:
+        The table's rows, and self-influence with the Gaussian projection and our damping.
+    """
     grad_dim = store.settings.grad_dim
     say(f"TRAK with its Gaussian projection of {grad_dim} x {PROJ_DIM}, for comparison ...")
     gaussian = BasicProjector(grad_dim, PROJ_DIM, seed, "normal", "cpu")
@@ -278,7 +286,7 @@ def peers(store: AttributionStore, module: nn.Module, data: Digits, seed: int) -
     except (ValueError, RuntimeError) as error:
         say(f"TRAK with its defaults failed: {error}")
         rows.append(Result(DEFAULTS, same_class=0.0))
-    return rows
+    return rows, suspicion
 
 
 def trak_by_hand(
@@ -325,39 +333,24 @@ def table(rows: list[Result]) -> str:
     return "\n".join([*text, "", *textwrap.wrap(NOTE, 88)])
 
 
-def contents(
+def write_page(
+    out: Path,
+    store: AttributionStore,
     data: Digits,
-    suspicion: NDArray[np.float64],
-    scores: NDArray[np.float32],
+    losses: NDArray[np.float32],
+    gaussian: NDArray[Any],
     rows: list[Result],
     figures: dict[str, Any],
-) -> report.Report:
-    """Choose what the page shows."""
-    train = data.train_images[:, 0].numpy()
-    test = data.test_images[:, 0].numpy()
-
-    def example(index: int, value: float | None = None) -> report.Example:
-        return report.Example(
-            image=train[index],
-            name=f"training image {index}",
-            label=str(int(data.given[index])),
-            true_label=str(int(data.true[index])),
-            value=value,
-        )
-
-    order = np.argsort(-suspicion, kind="stable")
-    targets = []
-    for digit in (2, 3, 5, 8, 9):
-        column = int(torch.nonzero(data.test_labels == digit)[0])
-        ranked = np.argsort(-scores[:, column], kind="stable")
-        targets.append(
-            report.Target(
-                example=report.Example(test[column], f"test image {column}", str(digit)),
-                helpful=[example(i, float(scores[i, column])) for i in ranked[:6]],
-                harmful=[example(i, float(scores[i, column])) for i in ranked[: -6 - 1 : -1]],
-            )
-        )
-    return report.Report(
+) -> int:
+    """Write the run's report with the table of methods; returns its size in bytes."""
+    store.add_targets("test", data.test_loader(), progress=False)
+    written = report.write(
+        store,
+        out,
+        report.Examples(data.train_images, labels=data.given, true_labels=data.true),
+        exp_name="test",
+        targets=report.Examples(data.test_images, labels=data.test_labels),
+        chosen=[int(torch.nonzero(data.test_labels == digit)[0]) for digit in (2, 3, 5, 8, 9)],
         title="Which training labels are wrong?",
         summary=(
             f"A small convolutional network was trained on {N_TRAIN} of scikit-learn's digits, "
@@ -366,13 +359,15 @@ def contents(
             f"{figures['collect_seconds']:.1f} s beside {figures['train_seconds']:.1f} s of "
             "training. The images below are ranked by the influence that each has on itself."
         ),
-        table_head=["method", *HEADS],
-        table=[row.cells("-") for row in rows],
-        table_note=NOTE,
-        curves={row.method: row.curve for row in rows if row.curve is not None},
-        flagged=[example(i, float(suspicion[i])) for i in order[:44]],
-        targets=targets,
+        compare={GAUSSIAN: gaussian, LOSS: losses},
+        table=report.Table(
+            "Methods at the same checkpoints and number of columns",
+            ["method", *HEADS],
+            [row.cells("-") for row in rows],
+            NOTE,
+        ),
     )
+    return int(written["bytes"])
 
 
 def evaluate(module: DigitsNet, data: Digits) -> tuple[float, NDArray[np.float32]]:

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from trak.projectors import AbstractProjector, ProjectionType
 
 from trak_dropout._checks import check_integer
+from trak_dropout._html import as_bytes, describe_html
 from trak_dropout.gradients.factors import Coordinates, FactoredGradient, FactoredGradients
 from trak_dropout.masks import (
     DEFAULT_FOLD,
@@ -335,6 +337,44 @@ class DropoutProjector(AbstractProjector):
     def stored_factor(self) -> float:
         """Return what a float16 store's current checkpoint was multiplied by; 1 elsewhere."""
         return 1.0 if self.scales is None else self.scales.factor()
+
+    def kept(self, model_id: int = 0) -> dict[str, int]:
+        """Count how many coordinates of each parameter are kept.
+
+        Args:
+            model_id: the checkpoint; each has a mask of its own.
+
+        Returns:
+            Parameter name to number of different coordinates that the mask reads.
+
+        Raises:
+            ValueError: weighted dropout has not been calibrated.
+        """
+        layout = self._known_layout
+        starts = np.cumsum([0, *layout.sizes])
+        at = np.searchsorted(np.unique(self.mask(model_id).coordinates), starts)
+        return dict(zip(layout.names, np.diff(at).tolist(), strict=True))
+
+    def _repr_html_(self) -> str:
+        layout = self._known_layout
+        facts = {
+            "scheme": f"{self.proj_type}, fold {self.fold}, seed {self.seed};",
+            "keeps": f"{min(self.fold * self.proj_dim, self.grad_dim):,} of {self.grad_dim:,} "
+            f"coordinates in {self.proj_dim:,} columns;",
+            "a sample takes": as_bytes(self.proj_dim * self.dtype.itemsize),
+            "instead of": as_bytes(self.grad_dim * self.dtype.itemsize),
+        }
+        try:
+            kept = self.kept()
+        except ValueError:  # weighted dropout before it has been calibrated
+            return describe_html(type(self).__name__, facts | {"(not": "calibrated yet)"})
+        rows = [
+            (name, "x".join(map(str, shape)) or "scalar", f"{size:,}", f"{kept[name]:,}",
+             f"{kept[name] / max(size, 1):.1%}")
+            for name, shape, size in zip(layout.names, layout.shapes, layout.sizes, strict=True)
+        ]  # fmt: skip
+        head = ("parameter", "shape", "coordinates", "kept (model_id 0)", "share")
+        return describe_html(type(self).__name__, facts, head, rows)
 
     def free_memory(self) -> None:
         """Drop the cached mask; it is drawn again, the same, when needed."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from trak import TRAKer
 
 from trak_dropout._checks import check_integer
+from trak_dropout._html import describe_html
 from trak_dropout.largest import PIECE, Largest
 from trak_dropout.progress import Progress, unfinished
 from trak_dropout.rowfile import IncompleteStoreError, RowFile
@@ -33,6 +34,35 @@ METHODS = ("influence", "dot", "cosine")
 # Above it rounding to float32 could change scores by more than 1e-5 of their size.
 _CANCELLATION = 50.0
 
+_SHOWN_TARGETS, _SHOWN_SAMPLES = 20, 8
+
+
+class TopInfluences(NamedTuple):
+    """The most influential training samples of each target: a pair of arrays.
+
+    Args:
+        indices: numbers of training samples, int64 ``(n_targets, k)``, best first.
+        values: their scores, float32 ``(n_targets, k)``.
+    """
+
+    indices: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+    def _repr_html_(self) -> str:
+        targets, k = self.indices.shape
+        few = min(k, _SHOWN_SAMPLES)
+        rows = [
+            (t, *(f"{self.indices[t, j]} ({self.values[t, j]:.3g})" for j in range(few)))
+            for t in range(min(targets, _SHOWN_TARGETS))
+        ]
+        facts = {
+            "targets": f"{targets:,},",
+            "samples of each": f"{k:,};",
+            "shown": "number (score)",
+        }
+        head = ("target", *(f"{rank + 1}." for rank in range(few)))
+        return describe_html(type(self).__name__, facts, head, rows)
+
 
 def top_influences(
     store_or_traker: FeatureFiles | TRAKer,
@@ -48,7 +78,7 @@ def top_influences(
     progress: bool = False,
     device: str | torch.device | None = None,
     fabric: Any = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+) -> TopInfluences:
     """Find the training samples with the largest scores for each target.
 
     The same scores as ``TRAKer.finalize_scores``, means over checkpoints of the scores times the
@@ -86,8 +116,8 @@ def top_influences(
             and each returns the whole result. Their machines see the same store.
 
     Returns:
-        Indices of training samples, int64, and their scores, float32, both ``(n_targets, k)``, best
-        first, equal scores by index.
+        ``(indices, values)``: training samples, int64, and their scores, float32, both
+        ``(n_targets, k)``, best first, equal scores by index.
 
     Raises:
         TypeError: ``store_or_traker`` is neither; or ``k`` is no integer.
@@ -129,7 +159,8 @@ def top_influences(
         with shards.agreed():
             best = _best(rows, solved, weight, k, method, shards, work, memory, computer, hidden)
     values, indices = _merged(best, k, shards)
-    return indices.cpu().numpy(), values.cpu().numpy() * np.float32(-1 if harmful else 1)
+    sign = np.float32(-1 if harmful else 1)
+    return TopInfluences(indices.cpu().numpy(), values.cpu().numpy() * sign)
 
 
 def _row_weights(files: FeatureFiles, chosen: Sequence[int], method: str) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor
 from trak.savers import MmapSaver
 
 from trak_dropout._files import allocate_matrix, remove_leftovers, replacing, write_json
+from trak_dropout._html import as_bytes, describe_html
 from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout.masks import Layout
 from trak_dropout.projector import DropoutProjector
@@ -636,9 +637,31 @@ class Store(FeatureFiles):
     def __repr__(self) -> str:
         s = self.settings
         return (
-            f"Store({str(self.save_dir)!r}: {s.train_set_size} samples x {s.proj_dim} columns, "
-            f"{s.scheme} fold {s.fold}, {s.dtype}, model_ids {self.model_ids})"
+            f"{type(self).__name__}({str(self.save_dir)!r}: {s.train_set_size} samples x "
+            f"{s.proj_dim} columns, {s.scheme} fold {s.fold}, {s.dtype}, "
+            f"model_ids {self.model_ids})"
         )
+
+    def _repr_html_(self) -> str:
+        s = self.settings
+        each = s.train_set_size * s.proj_dim * np.dtype(s.dtype).itemsize
+        facts = {
+            "in": f"{self.save_dir}:",
+            "samples": f"{s.train_set_size:,},",
+            "columns": f"{s.proj_dim:,} of {s.grad_dim:,} coordinates,",
+            "scheme": f"{s.scheme}, fold {s.fold}, seed {s.seed},",
+            "task": f"{s.task or 'not recorded'},",
+            "gradients of a checkpoint": f"{as_bytes(each)} as {s.dtype}",
+        }
+        complete, known = self.model_ids, self.manifest["model_ids"]
+        ids = sorted({*complete, *map(int, known)})
+        rows = [
+            (m, *(known.get(str(m), {}).get(name, "-") for name in ("epoch", "global_step")),
+             "yes" if m in complete else "no")
+            for m in ids
+        ]  # fmt: skip
+        head = ("model_id", "epoch", "global step", "complete")
+        return describe_html(type(self).__name__, facts, head, rows)
 
 
 def remove_store(root: Path) -> None:

@@ -507,6 +507,14 @@ class FactoredGradientComputer(DenseGradientComputer):
         weights = weights[torch.randperm(count, generator=torch.Generator().manual_seed(count))]
         recorder, _ = self._run_batched(plan, batch, weights)
         tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
+        # Formed gradients that cancel, such as those of the bias of attention's keys, are noise.
+        formed = [
+            float(factor.values.abs().max())
+            for found in recorder.factors.values()
+            for factor in found
+            if isinstance(factor, Formed) and factor.values.numel()
+        ]
+        noise = 1e-3 * max(filter(math.isfinite, formed), default=0.0)
         for name, factors in recorder.factors.items():
             if name in plan.exact:
                 continue
@@ -514,6 +522,7 @@ class FactoredGradientComputer(DenseGradientComputer):
                 for part, again in zip(factor.parts, other.parts, strict=True):
                     scale = weights.view(-1, *[1] * (part.ndim - 1)).to(part)
                     bound = tolerance * float(part.abs().max()) if part.numel() else 0.0
+                    bound += tolerance * noise if isinstance(factor, Formed) else 0.0
                     if not math.isfinite(bound):
                         continue  # the projector names samples with such gradients
                     errors = (float((again - part * by).abs().max()) for by in (1, scale))

@@ -453,6 +453,9 @@ class FactoredGradient:
     def take(self, at: Coordinates) -> Iterator[Taken]:
         """Compute coordinates of all samples, piece by piece; what is yielded adds up.
 
+        Args:
+            at: the coordinates.
+
         Yields:
             Samples, coordinates, and values ``(b, c)`` to add there, float32 or float64.
         """

@@ -1,94 +1,99 @@
-"""The page: what it shows, and its rendering from a template."""
+"""The page: what it shows, and its rendering from templates."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import jinja2
-import numpy as np
-from numpy.typing import NDArray
-
-from trak_dropout.report.pictures import curves_svg, image_uri
+from markupsafe import Markup
 
 
 @dataclass(frozen=True)
-class Example:
-    """A sample with its picture.
-
-    Args:
-        image: gray values, ``(height, width)``, any range.
-        name: what to call it.
-        label: the label it was given.
-        true_label: the right label, where known.
-        value: its score, where it has one.
-    """
-
-    image: NDArray[np.floating]
-    name: str
-    label: str
-    true_label: str | None = None
-    value: float | None = None
-
-    @property
-    def wrong(self) -> bool:
-        """Whether the given label is known to be wrong."""
-        return self.true_label is not None and self.true_label != self.label
-
-    @property
-    def uri(self) -> str:
-        """The picture as a ``data:`` address."""
-        return image_uri(self.image)
-
-    @property
-    def description(self) -> str:
-        """The sample in words, for who does not see the picture."""
-        right = f", in truth {self.true_label}" if self.wrong else ""
-        return f"{self.name}, labeled {self.label}{right}"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A target with the training samples that help and harm it most."""
-
-    example: Example
-    helpful: Sequence[Example]
-    harmful: Sequence[Example]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that the page shows.
+class Table:
+    """A table above the gallery, such as a comparison of methods.
 
     Args:
         title: its heading.
-        summary: a paragraph below the heading.
-        table_head: column names.
-        table: rows of formatted cells.
-        table_note: what the columns mean.
-        curves: recall after 1, 2, ... samples inspected, by method.
-        flagged: the most suspect training samples, most suspect first.
-        targets: explained predictions.
+        head: column names.
+        rows: cells as text; the first row is set in bold.
+        note: what the columns mean.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing with what it says in words.
+
+    Args:
+        svg: an ``<svg>`` element, put into the page as it is.
+        title: its heading.
+        text: what is seen in it.
+    """
+
+    svg: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that the page shows; every text is escaped.
+
+    Args:
+        title: the heading.
+        summary: a paragraph below it.
+        facts: short figures at the top, by name.
+        warnings: what is wrong with the store.
+        content: the samples and influences, as JSON values; ``page.js`` says what it reads.
+        labeled: whether samples have labels, so that one may be wrong.
+        tile: width of a thumbnail in a card, in pixels.
+        sheets: thumbnails, as ``data:`` addresses.
+        pixelated: whether thumbnails are shown pixel by pixel.
+        table: a comparison of methods.
+        quality: plots of how well wrong labels are found and scores are spread.
+        across: plots over checkpoints.
+        health: plots of the store.
+        checkpoints: cells of the table of checkpoints.
+        settings: how gradients were compressed, by name.
     """
 
     title: str
     summary: str
-    table_head: Sequence[str]
-    table: Sequence[Sequence[str]]
-    table_note: str
-    curves: Mapping[str, NDArray[np.floating]]
-    flagged: Sequence[Example]
-    targets: Sequence[Target]
+    facts: Mapping[str, str]
+    warnings: Sequence[str]
+    content: Mapping[str, Any]
+    labeled: bool = True
+    tile: int = 1
+    sheets: Sequence[str] = ()
+    pixelated: bool = False
+    table: Table | None = None
+    quality: Sequence[Plot] = ()
+    across: Sequence[Plot] = ()
+    health: Sequence[Plot] = ()
+    checkpoints: Sequence[Mapping[str, str]] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
-def render(report: Report) -> str:
-    """Render the page as HTML that fetches nothing from outside.
+def render(page: Page) -> str:
+    """Render the page as one HTML document.
+
+    A content security policy in it allows no request at all, and no script but its own: what
+    samples contain is data to the page, and even a mistake in escaping would not run it.
 
     Args:
-        report: what to show; every text is escaped.
+        page: what to show.
 
     Returns:
-        The HTML document.
+        The document.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("trak_dropout.report", "."),
@@ -97,6 +102,10 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    assert environment.loader is not None
+    script = environment.loader.get_source(environment, "page.js")[0]
+    style = environment.loader.get_source(environment, "page.css")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html").render(
-        report=report, curves=curves_svg(report.curves)
+        page=page, script=Markup(script), style=Markup(style), script_hash=digest
     )

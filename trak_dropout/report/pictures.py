@@ -1,56 +1,68 @@
-"""Pictures as text that an HTML page can hold."""
+"""Thumbnails, many to an image, so that thousands of them load at once and stay small."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
 from numpy.typing import NDArray
+from PIL import Image
+
+LARGEST = 96
+COLUMNS = 20
+_PIXEL_ART = 32
 
 
-def image_uri(image: NDArray[np.floating]) -> str:
-    """Return a gray image as a ``data:`` address.
-
-    Args:
-        image: gray values, ``(height, width)``; the lowest is shown black, the highest white.
-
-    Returns:
-        The address of a PNG.
-    """
-    buffer = io.BytesIO()
-    imsave(buffer, image, cmap="gray", format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def curves_svg(curves: Mapping[str, NDArray[np.floating]], upto: float = 30) -> str:
-    """Draw recall against the share inspected.
+@dataclass(frozen=True)
+class Sheets:
+    """Pictures side by side in few images.
 
     Args:
-        curves: recall after 1, 2, ... samples, by method.
-        upto: where the horizontal axis ends, in percent.
-
-    Returns:
-        An ``<svg>`` element whose text takes the page's color.
+        tile: width and height of a thumbnail, in pixels.
+        columns: thumbnails in a row, and rows in a sheet.
+        sheets: each as a ``data:`` address.
     """
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        axes.plot(100 * np.arange(1, len(curve) + 1) / len(curve), 100 * curve, label=name)
-    axes.axline((0, 0), slope=1, color="gray", linewidth=0.8, linestyle=":", label="by chance")
-    axes.set(
-        xlabel="training images inspected, most suspect first (%)",
-        ylabel="flipped labels found (%)",
-        xlim=(0, upto),
-        ylim=(0, 102),
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    # Matplotlib draws axes and text in black: let them follow the page, so that dark mode works.
-    return text[text.index("<svg") :].replace("#000000", "currentColor")
+
+    tile: int
+    columns: int
+    sheets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, pictures: Sequence[NDArray[np.uint8]]) -> Sheets:
+        """Put pictures into sheets, in their order.
+
+        Args:
+            pictures: gray ``(height, width)`` or color ``(height, width, 3)``, of any sizes; larger
+                ones than a thumbnail are scaled down, smaller ones centered.
+
+        Returns:
+            The sheets.
+        """
+        tile = min(LARGEST, max((max(p.shape[:2]) for p in pictures), default=1))
+        per_sheet = COLUMNS**2
+        sheets = []
+        for start in range(0, len(pictures), per_sheet):
+            some = pictures[start : start + per_sheet]
+            rows = -(-len(some) // COLUMNS)
+            sheet = Image.new("RGBA", (COLUMNS * tile, rows * tile))
+            for i, picture in enumerate(some):
+                image = Image.fromarray(picture)
+                image.thumbnail((tile, tile))
+                corner = (tile - image.width) // 2, (tile - image.height) // 2
+                sheet.paste(
+                    image, (i % COLUMNS * tile + corner[0], i // COLUMNS * tile + corner[1])
+                )
+            buffer = io.BytesIO()
+            # Small pictures are shown pixel by pixel: every one counts.
+            sheet.save(buffer, "webp", lossless=tile <= _PIXEL_ART, quality=80)
+            encoded = base64.b64encode(buffer.getvalue()).decode()
+            sheets.append(f"data:image/webp;base64,{encoded}")
+        return cls(tile, COLUMNS, tuple(sheets))
+
+    @property
+    def pixelated(self) -> bool:
+        """Whether thumbnails are so small that they are shown pixel by pixel."""
+        return self.tile <= _PIXEL_ART
