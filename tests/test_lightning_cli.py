@@ -23,7 +23,9 @@ def cli(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_example_trains_and_collects(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_example_trains_and_collects(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("jsonargparse")
     directory = tmp_path / "digits"
     shutil.copytree(EXAMPLE, directory)
@@ -37,6 +39,11 @@ def test_example_trains_and_collects(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "last.ckpt" in json.dumps(store.describe(1)["checkpoints"])
     assert main(["inspect", str(store.save_dir)]) == 0
     assert "val (100 targets)" in capsys.readouterr().out
+    monkeypatch.chdir(directory)
+    assert main(["score", "digits_store", "--experiment", "val"]) == 0
+    words = ["--data", "digits.py:train_set", "--targets", "val=digits.py:val_set"]
+    assert main(["report", "digits_store", *words]) == 0
+    assert (directory / "report.html").stat().st_size > 10_000
     # A mistake in the file is told of before training.
     wrong = cli(directory, "--trainer.callbacks.proj_dim", "many")
     assert wrong.returncode != 0

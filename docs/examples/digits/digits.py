@@ -44,6 +44,20 @@ class Digits(pl.LightningDataModule):
         return DataLoader(self.val, self.batch_size)
 
 
+def train_set() -> TensorDataset:
+    """Return the images that config.yaml trains on, for the report."""
+    data = Digits()
+    data.setup("fit")
+    return data.train
+
+
+def val_set() -> TensorDataset:
+    """Return the images that config.yaml validates on, for the report."""
+    data = Digits()
+    data.setup("fit")
+    return data.val
+
+
 class Network(pl.LightningModule):
     """A network with one hidden layer.
 
