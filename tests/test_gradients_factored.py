@@ -910,3 +910,35 @@ def test_layers_without_rule_given_more_than_tensors() -> None:
     batches = squared(3, 3, 3), squared(3, 5, 3)
     follow(Net(run, power=Power(), out=nn.Linear(3, 2)), *batches)
     follow(Net(pair, power=Pair(), out=nn.Linear(3, 2)), *batches)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_out_to_loss_gradients_take_no_second_forward(temperature: float) -> None:
+    calls = []
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, images: Tensor) -> Tensor:
+            calls.append(len(images))
+            return self.net(images)
+
+    model = Counted().eval()
+    task = ImageClassificationModelOutput(temperature)
+    computer = FactoredGradientComputer(model, task, 0)
+    batches = [[part[i : i + 9] for part in train_set().tensors] for i in (0, 9)]
+    for batch in batches:  # the first one is checked as well
+        computer.compute_per_sample_grad(batch)
+        before = len(calls)
+        ours = computer.compute_loss_grad(batch)
+        assert len(calls) == before + (temperature != 1.0)
+        theirs = task.get_out_to_loss_grad(
+            model, dict(model.named_parameters()), dict(model.named_buffers()), batch
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    # Of another batch, and a second time, it is computed.
+    assert computer.compute_loss_grad(batches[0]).shape == (9, 1)
+    other = computer.compute_loss_grad([part.clone() for part in batches[1]])
+    torch.testing.assert_close(other, theirs, rtol=1e-5, atol=1e-6)

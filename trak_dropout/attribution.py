@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
     RandomSampler,
-    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
@@ -349,15 +348,11 @@ def inner_sampler(loader: DataLoader[Any]) -> Any:
     return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
 
-def sequential_loader(
-    loader: DataLoader[Any], batch_size: int | None = None, at_most: int | None = None
-) -> DataLoader[Any]:
+def sequential_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return a loader over a loader's data set, in its order.
 
     Args:
         loader: the loader whose data set, collation and workers to use.
-        batch_size: samples in a batch; that of the loader when None.
-        at_most: where the data set has more samples, take this many, evenly spaced.
 
     Returns:
         The loader.
@@ -376,19 +371,20 @@ def sequential_loader(
             "in data-set order would leave out; move what it does into collate_fn or into the "
             "module's on_after_batch_transfer"
         )
-    own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
-    dataset: Any = loader.dataset
-    if at_most is not None and len(dataset) > at_most:
-        dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, at_most).astype(int).tolist())
     return DataLoader(
-        dataset,
-        batch_size=batch_size or own,
+        loader.dataset,
+        batch_size=batch_size_of(loader),
         shuffle=False,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
+
+
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """Return how many samples a loader puts into a batch, 32 if its batch sampler does not tell."""
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
 
 
 def to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:

@@ -247,6 +247,24 @@ def batch_output_of(task: AbstractModelOutput) -> Callable[..., Tensor] | None:
     return own or _BATCH_OUTPUTS.get(type(task))
 
 
+def out_to_loss_of(task: AbstractModelOutput) -> Callable[[Tensor], Tensor] | None:
+    """Return the function that computes out-to-loss gradients from a task's outputs.
+
+    Args:
+        task: the model output function.
+
+    Returns:
+        For TRAK's image and text classification, whose output is the margin ``log(p / (1 - p))``,
+        one minus the probability ``p`` of the label, ``(B,)`` to ``(B,)``; else None.
+    """
+    plain = type(task) in _BATCH_OUTPUTS and getattr(task, "loss_temperature", 1.0) == 1.0
+    return _one_minus_probability if plain else None
+
+
+def _one_minus_probability(margins: Tensor) -> Tensor:
+    return torch.sigmoid(-margins)
+
+
 def _image_margins(
     model: nn.Module, weights: Any, buffers: Any, images: Tensor, labels: Tensor
 ) -> Tensor:

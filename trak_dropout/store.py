@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from trak.savers import MmapSaver
 
-from trak_dropout._files import replacing, write_json
+from trak_dropout._files import allocate_matrix, remove_leftovers, replacing, write_json
 from trak_dropout._html import as_bytes, describe_html
 from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout.masks import Layout
@@ -177,6 +177,10 @@ class ManifestSaver(MmapSaver):
         self.manifest = _claim(root, self.settings)
         self._projector = projector
         _share_statistics(root, self.manifest, projector)
+        if load_from_save_dir:  # TRAK would write them, but not whole or not at all
+            for name, content in (("metadata.json", metadata), ("experiments.json", {})):
+                if not _is_json(root / name):
+                    write_json(root / name, content)
         self._scales = (
             StorageScales(projector.grad_dim**0.5, _scales(self.manifest), self._choose_scale)
             if use_half_precision
@@ -277,6 +281,78 @@ class ManifestSaver(MmapSaver):
         grads.flush()
         del facts["rescaling"]
 
+    def init_store(self, model_id: int) -> None:
+        """Make a checkpoint's files, with room on the disk for its gradients.
+
+        Args:
+            model_id: the checkpoint.
+
+        Raises:
+            OSError: the disk has no room for them.
+        """
+        directory, rows = self.save_dir / str(model_id), self.train_set_size
+        directory.mkdir(exist_ok=True)
+        dtype = np.float16 if self.use_half_precision else np.float32
+        allocate_matrix(directory / "grads.mmap", (rows, self.proj_dim), dtype)
+        allocate_matrix(directory / "out_to_loss.mmap", (rows, 1), dtype)
+        shape = (rows, self.proj_dim)  # TRAK fills it when features are finalized, if ever
+        np.lib.format.open_memmap(directory / "features.mmap", "w+", dtype, shape)
+        # Last, because with it an interrupted collection can be taken up.
+        allocate_matrix(directory / "_is_featurized.mmap", (rows,), np.int32)
+        self.load_current_store(model_id)
+
+    def discard(self, model_id: int) -> None:
+        """Delete the files of a checkpoint that could not be begun.
+
+        Args:
+            model_id: the checkpoint.
+        """
+        self.model_ids.pop(model_id, None)
+        if self._scales is not None:
+            self._scales.factors.pop(model_id, None)
+        if self.manifest["model_ids"].pop(str(model_id), None):
+            self._write_manifest()
+        _remove_checkpoint(self.save_dir, str(model_id))
+
+    def restart(self, model_id: int, factor: float) -> None:
+        """Count no row of a checkpoint as written, and store its gradients with another factor.
+
+        Args:
+            model_id: the checkpoint, whose files are open.
+            factor: as `StorageScales` chose it.
+        """
+        self.current_store["is_featurized"][:] = 0
+        self.current_store["is_featurized"].flush()
+        if self._scales is not None:
+            self._scales.factors[model_id] = factor
+        self.describe(model_id, scale=factor)
+
+    def forget(self, model_id: int) -> None:
+        """Delete a checkpoint's features; its number is not used again.
+
+        Args:
+            model_id: the checkpoint.
+        """
+        self.manifest["model_ids"].pop(str(model_id), None)
+        self.manifest["statistics"].pop(str(model_id), None)
+        self.describe_run(dropped=[*self.dropped, model_id])
+        self.model_ids.pop(model_id, None)
+        self.sweep()
+
+    @property
+    def dropped(self) -> list[int]:
+        """The checkpoints whose features were deleted."""
+        return list(self.manifest["run"].get("dropped", []))
+
+    def sweep(self) -> None:
+        """Delete what a process that died left half written or half deleted."""
+        for model_id in self.dropped:
+            _remove_checkpoint(self.save_dir, str(model_id))
+        remove_leftovers(self.save_dir)
+        for directory in self.save_dir.iterdir():  # also of one that is not in the manifest yet
+            if directory.is_dir() and directory.name.isdigit():
+                remove_leftovers(directory)
+
     def is_complete(self, model_id: int) -> bool:
         """Whether all training samples of a checkpoint are featurized."""
         return self.model_ids.get(model_id, {}).get("is_featurized") == 1
@@ -319,11 +395,20 @@ class _GuardedMemmap(np.memmap):
     """A memory map that refuses what its type cannot hold: NaN, infinities, vanishing rows."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, _storable(value, self.dtype, Path(str(self.filename)).name))
+        super().__setitem__(key, storable(value, self.dtype, Path(str(self.filename)).name))
 
 
-def _storable(value: Any, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
-    """Rows as a type, or ValueError where one cannot be held by it."""
+def storable(value: Any, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+    """Return rows as a type.
+
+    Args:
+        value: one row or several.
+        dtype: the type.
+        name: of the file, for messages.
+
+    Raises:
+        ValueError: a row is NaN, infinite, or vanishes in that type.
+    """
     given = np.atleast_2d(np.asarray(value))
     with np.errstate(over="ignore", under="ignore"):
         stored = given.astype(dtype, copy=False)
@@ -403,7 +488,7 @@ class FeatureFiles:
         """
         if not (self.save_dir / MANIFEST).is_file():
             return 1.0
-        return _scales(_read_manifest(self.save_dir)).get(model_id, 1.0)
+        return _scales(read_manifest(self.save_dir)).get(model_id, 1.0)
 
     def out_to_loss(self, model_id: int) -> NDArray[np.floating[Any]]:
         """Out-to-loss gradients, ``(n_train, 1)``, memory-mapped read-only."""
@@ -465,7 +550,7 @@ class Store(FeatureFiles):
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest as it stands on disk."""
-        return _read_manifest(self.save_dir)
+        return read_manifest(self.save_dir)
 
     @cached_property
     def settings(self) -> StoreSettings:
@@ -512,7 +597,7 @@ class Store(FeatureFiles):
             ValueError: a row is NaN, infinite, or vanishes in the store's type.
         """
         path = self.save_dir / str(model_id) / f"{exp_name}_grads.mmap"
-        stored = _storable(values, np.dtype(self.settings.dtype), path.name)
+        stored = storable(values, np.dtype(self.settings.dtype), path.name)
         with replacing(path) as file:
             np.lib.format.write_array(file, stored, allow_pickle=False)
         known = self.save_dir / "experiments.json"
@@ -585,9 +670,11 @@ def remove_store(root: Path) -> None:
     Args:
         root: the directory.
     """
-    for file in root.glob("id_*.json"):
-        shutil.rmtree(root / file.stem.removeprefix("id_"), ignore_errors=True)
-        file.unlink()
+    known = {file.stem.removeprefix("id_") for file in root.glob("id_*.json")}
+    if _is_json(root / MANIFEST):
+        known |= set(read_manifest(root)["model_ids"])
+    for model_id in known:
+        _remove_checkpoint(root, model_id)
     shutil.rmtree(root / "scores", ignore_errors=True)
     for file in [*root.glob("statistics_*.safetensors"), root / "experiments.json"]:
         file.unlink(missing_ok=True)
@@ -595,12 +682,30 @@ def remove_store(root: Path) -> None:
         (root / name).unlink(missing_ok=True)
 
 
+def _remove_checkpoint(root: Path, model_id: str) -> None:
+    (root / f"id_{model_id}.json").unlink(missing_ok=True)
+    _statistics_file(root, model_id).unlink(missing_ok=True)
+    shutil.rmtree(root / model_id, ignore_errors=True)
+
+
 def _weights_file(root: Path, model_id: int, kind: str = "weights") -> Path:
     return root / str(model_id) / f"{kind}.safetensors"
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
-    content = json.loads((root / MANIFEST).read_text())
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Return the manifest of a store.
+
+    Args:
+        root: its directory.
+
+    Raises:
+        IncompleteStoreError: the manifest is damaged.
+        StoreMismatchError: it is of another format version.
+    """
+    try:
+        content = json.loads((root / MANIFEST).read_text())
+    except ValueError as error:
+        raise IncompleteStoreError(f"{root / MANIFEST} is damaged, no JSON: {error}") from error
     if content.get("format_version") != FORMAT_VERSION:
         raise StoreMismatchError(
             f"{root / MANIFEST} has format_version {content.get('format_version')}, this version "
@@ -612,7 +717,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 def _claim(root: Path, settings: StoreSettings) -> dict[str, Any]:
     """Read and check the manifest of a directory, or write one where there is none."""
     if (root / MANIFEST).is_file():
-        manifest = _read_manifest(root)
+        manifest = read_manifest(root)
         differences = StoreSettings.from_json(manifest["settings"]).differences(settings)
         if differences:
             raise StoreMismatchError(
@@ -646,6 +751,14 @@ def _scales(manifest: Mapping[str, Any]) -> dict[int, float]:
     return {
         int(m): facts["scale"] for m, facts in manifest["model_ids"].items() if "scale" in facts
     }
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _statistics_key(model_id: int | None) -> str:

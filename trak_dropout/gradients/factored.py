@@ -36,7 +36,7 @@ from trak_dropout.gradients.taps import (
     tapped,
     to_front,
 )
-from trak_dropout.outputs import batch_output_of
+from trak_dropout.outputs import batch_output_of, out_to_loss_of
 
 _LOG = logging.getLogger(__name__)
 # Relative to the largest entry of the parameter's gradient, by the least precise type involved.
@@ -107,6 +107,10 @@ class FactoredGradientComputer(DenseGradientComputer):
         self._asked = frozenset(exact)
         self._plan: _Plan | None = None
         self._plans: dict[Any, _Plan] = {}
+        # The batch whose gradients were computed last, as it was given and as it was run.
+        self._given: Any = None
+        self._batch: Any = None
+        self._outputs: Tensor | None = None
 
     def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> FactoredGradients:
         """Compute the gradient of the task's output for each sample, as factors.
@@ -126,7 +130,8 @@ class FactoredGradientComputer(DenseGradientComputer):
         """
         samples = check_batch(self.modelout_fn, batch)
         self._refuse_training_statistics()
-        batch = [part.detach() for part in batch]
+        self._given, self._outputs = batch, None
+        batch = self._batch = [part.detach() for part in batch]
         try:
             with torch.enable_grad(), _for_gradients(self.model):
                 if samples == 0:
@@ -149,6 +154,27 @@ class FactoredGradientComputer(DenseGradientComputer):
             raise
         except Exception as error:
             raise refused(self.modelout_fn, batch, error) from error
+
+    def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
+        """Compute the gradient of the loss with respect to the output, for each sample.
+
+        For the batch whose gradients were computed last, TRAK's classification tasks need no
+        further forward pass: it is a function of the margin.
+
+        Args:
+            batch: as for `compute_per_sample_grad`.
+
+        Returns:
+            Tensor ``(B, 1)``.
+
+        Raises:
+            BatchError: the task cannot take the batch.
+        """
+        outputs, self._outputs = self._outputs, None
+        known = out_to_loss_of(self.modelout_fn)
+        if outputs is None or known is None or batch is not self._given:
+            return super().compute_loss_grad(batch)
+        return known(outputs).unsqueeze(1)
 
     def describe(self) -> str:
         """Tell which way each parameter goes and what it holds, as a table.
@@ -343,6 +369,7 @@ class FactoredGradientComputer(DenseGradientComputer):
         super().load_model_params(model)
         for plan in getattr(self, "_plans", {}).values():
             plan.checked = False
+        self._outputs = None
         self._weights = {name: weight.detach() for name, weight in self.func_weights.items()}
 
     def _output_of(self, held: dict[str, Any]) -> Callable[..., Tensor]:
@@ -440,6 +467,8 @@ class FactoredGradientComputer(DenseGradientComputer):
         with tapped(plan.sites, handler):
             output = self._batch_output(batch)
             recorder.recording = False
+            if batch is self._batch and weights is None:
+                self._outputs = output.detach()
             output = output if weights is None else output * weights.to(output)
             _backward(output, list(recorder.leaves))  # a checkpoint may add some meanwhile
         if not plan.exact or weights is not None:

@@ -1,0 +1,286 @@
+"""GradientCollector: when it collects, over what, of which part of the module, and for whom."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from cases import Classifier, digits, loader, mlp, target_set, train_set, trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from test_lightning import fit
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+
+from trak_dropout import BatchError, LossOutput, open_store, top_influences
+from trak_dropout.lightning import GradientCollector
+from trak_dropout.store import Store
+
+
+def net(cls: type[Classifier] = Classifier, *given: Any) -> Classifier:
+    """A module with the same weights each time."""
+    torch.manual_seed(0)
+    return cls(*(given or (mlp(),)))
+
+
+def steps(collector: GradientCollector) -> list[int]:
+    return [collector.store.describe(m)["global_step"] for m in collector.model_ids]
+
+
+# --- when -----------------------------------------------------------------------------------------
+
+
+def test_every_n_steps_counts_optimizer_steps(tmp_path: Path) -> None:
+    # 12 batches in two epochs, two of which make a step.
+    collector, _, _ = fit(tmp_path / "s", every_n_train_steps=2, accumulate_grad_batches=2)
+    assert steps(collector) == [2, 4, 6]
+    assert collector.store.describe(0)["batches"] == 4
+
+
+def test_several_moments_at_one_position_are_one_collection(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=4, save_top_k=-1)
+    collector, _, _ = fit(
+        tmp_path / "s",
+        when=["epoch", "checkpoint", "step", "train_end"],
+        every_n_train_steps=6,
+        callbacks=[saver],
+        enable_checkpointing=True,
+    )
+    assert steps(collector) == [4, 6, 8, 12]
+
+
+def test_train_end(tmp_path: Path) -> None:
+    collector, module, _ = fit(tmp_path / "s", when="train_end", max_epochs=3)
+    assert steps(collector) == [18]
+    kept = collector.store.weights(0)
+    assert all(torch.equal(kept[n], t) for n, t in module.state_dict().items())
+
+
+def test_checkpoints_are_tied_to_files_and_metrics(tmp_path: Path) -> None:
+    data = loader(train_set(), shuffle=True)
+
+    def run(name: str, **options: Any) -> GradientCollector:
+        pl.seed_everything(0, verbose=False)
+        collector = GradientCollector(tmp_path / name, proj_dim=48, **options)
+        saver = ModelCheckpoint(
+            tmp_path / f"{name}_ckpt", filename="{epoch}", monitor="val_loss", save_top_k=1
+        )
+        trainer(max_epochs=4, callbacks=[collector, saver], enable_checkpointing=True).fit(
+            net(), data, loader(target_set())
+        )
+        return collector
+
+    for when in ("epoch", "checkpoint"):
+        kept = run(f"{when}_kept", when=when)
+        facts = [kept.store.describe(m) for m in kept.model_ids]
+        assert [f["epoch"] for f in facts] == [0, 1, 2, 3]
+        assert [f["checkpoints"] for f in facts[:3]] == [[], [], []]
+        last = str(tmp_path / f"{when}_kept_ckpt" / "epoch=3.ckpt")
+        assert facts[3]["checkpoints"] == [last]
+        assert Path(last).is_file()
+        assert facts[3]["metrics"]["val_loss"] < facts[0]["metrics"]["val_loss"]
+        dropped = run(f"{when}_dropped", when=when, drop_deleted=True)
+        assert dropped.model_ids == [3]
+        assert not (tmp_path / f"{when}_dropped" / "0").exists()
+        np.testing.assert_array_equal(dropped.store.grads(3), kept.store.grads(3))
+        dropped.attribute(loader(target_set()), progress=False)
+
+
+def test_the_trainers_checkpoint_plugin_is_given_back(tmp_path: Path) -> None:
+    first = GradientCollector(tmp_path / "a", proj_dim=48)
+    second = GradientCollector(tmp_path / "b", proj_dim=40, seed=1)
+    runner = trainer(max_epochs=1, callbacks=[first, second])
+    plugin = runner.strategy.checkpoint_io
+    runner.fit(net(), loader(train_set()))
+    assert runner.strategy.checkpoint_io is plugin
+    assert first.store.grads(0).shape == (300, 48)
+    assert second.store.grads(0).shape == (300, 40)
+
+
+# --- over what ------------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    """Samples in an order of their own, without a length."""
+
+    def __iter__(self) -> Any:
+        yield from zip(*(part[:120] for part in digits()), strict=True)
+
+
+@pytest.mark.parametrize("how", ["train_set_size", "len"])
+def test_iterable_data_sets_of_stated_length(tmp_path: Path, how: str) -> None:
+    class Sized(Stream):
+        def __len__(self) -> int:
+            return 120
+
+    data, options = (Sized(), {}) if how == "len" else (Stream(), {"train_set_size": 120})
+    collector, _module, _ = fit(
+        tmp_path / "s", net(), DataLoader(data, 50), max_epochs=1, **options
+    )
+    fixed, _, _ = fit(tmp_path / "m", net(), loader(train_set(120)), max_epochs=1)
+    np.testing.assert_array_equal(collector.store.grads(0), fixed.store.grads(0))
+
+
+def test_a_stream_of_another_length_is_refused(tmp_path: Path) -> None:
+    for stated, words in ((150, "holds 20 samples instead of 50"), (200, "ended after 3 of 5")):
+        with pytest.raises(BatchError, match=words):
+            fit(
+                tmp_path / str(stated), net(), DataLoader(Stream(), 50 if stated == 150 else 40),
+                train_set_size=stated,
+            )  # fmt: skip
+        assert open_store(tmp_path / str(stated)).model_ids == []
+
+
+def test_a_loader_given(tmp_path: Path) -> None:
+    given = loader(train_set(80), 16, shuffle=True, num_workers=2)
+    collector, _, _ = fit(tmp_path / "a", net(), max_epochs=1, dataloader=given)
+    assert collector.store.train_set_size == 80
+    whole, _, _ = fit(tmp_path / "b", net(), max_epochs=1, batch_size=16)
+    np.testing.assert_array_equal(collector.store.grads(0), whole.store.grads(0)[:80])
+
+
+def test_indices(tmp_path: Path) -> None:
+    chosen = [250, 3, 3, 77]
+    collector, _, _ = fit(tmp_path / "a", net(), max_epochs=1, indices=chosen)
+    whole, _, _ = fit(tmp_path / "b", net(), max_epochs=1)
+    np.testing.assert_allclose(
+        collector.store.grads(0), whole.store.grads(0)[chosen], rtol=1e-4, atol=1e-6
+    )
+    with pytest.raises(MisconfigurationException, match=r"indices \[300\] are outside"):
+        fit(tmp_path / "c", indices=[300])
+    with pytest.raises(MisconfigurationException, match="train_set_size=7 was given"):
+        fit(tmp_path / "c", train_set_size=7)
+
+
+def test_augmentation_of_a_sample_depends_on_its_index_alone(tmp_path: Path) -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            image, label = self.tensors[0][index], self.tensors[1][index]
+            return image + 0.1 * torch.randn(image.shape), label
+
+        __getitems__ = None  # type: ignore[assignment]
+
+    data = Noisy(*train_set(90).tensors)
+    stores = [
+        fit(tmp_path / str(i), net(), loader(data, 30), max_epochs=1, **options)[0].store
+        for i, options in enumerate(
+            ({}, {"dataloader": loader(data, 30, num_workers=2)}, {"augmentation_seed": 5})
+        )
+    ]
+    np.testing.assert_array_equal(stores[0].grads(0), stores[1].grads(0))
+    assert not np.allclose(stores[0].grads(0), stores[2].grads(0))
+    part = Subset(data, range(30, 90))
+    shifted, _, _ = fit(
+        tmp_path / "x",
+        net(),
+        loader(data, 30),
+        max_epochs=1,
+        dataloader=loader(part, 30),
+    )
+    assert shifted.store.train_set_size == 60
+
+
+# --- of what --------------------------------------------------------------------------------------
+
+
+def test_a_submodule(tmp_path: Path) -> None:
+    collector, module, _ = fit(tmp_path / "a", max_epochs=1, model="net")
+    whole, _, _ = fit(tmp_path / "b", max_epochs=1)
+    np.testing.assert_array_equal(collector.store.grads(0), whole.store.grads(0))
+    assert collector.store.settings.parameters[0][0] == "0.weight"
+    scores = collector.attribute(loader(target_set()), progress=False)
+    np.testing.assert_array_equal(scores, whole.attribute(loader(target_set()), progress=False))
+    again = open_store(tmp_path / "a", module.net)
+    np.testing.assert_array_equal(again.attribute(loader(target_set()), progress=False), scores)
+    with pytest.raises(MisconfigurationException, match="Classifier has net"):
+        fit(tmp_path / "c", model="encoder")
+
+
+def test_parameters_by_pattern(tmp_path: Path) -> None:
+    collector, _, _ = fit(tmp_path / "a", max_epochs=1, grad_wrt=["net.7.*", "net.0.bias"])
+    names = [name for name, _ in collector.store.settings.parameters]
+    assert names == ["net.0.bias", "net.7.weight", "net.7.bias"]
+    with pytest.raises(MisconfigurationException, match=r"'net.9.\*' matches no parameter"):
+        fit(tmp_path / "b", grad_wrt="net.9.*")
+
+
+def test_the_modules_own_loss(tmp_path: Path) -> None:
+    class WithLoss(Classifier):
+        def __init__(self, given: nn.Module) -> None:
+            super().__init__(given)
+            self.criterion = nn.CrossEntropyLoss()
+
+    collector, _module, _ = fit(tmp_path / "a", net(WithLoss), max_epochs=1, task="loss")
+    other, _, _ = fit(
+        tmp_path / "b", net(WithLoss), max_epochs=1, task=LossOutput(nn.CrossEntropyLoss())
+    )
+    np.testing.assert_array_equal(collector.store.grads(0), other.store.grads(0))
+    assert collector.store.settings.task == "LossOutput(CrossEntropyLoss())"
+    scores = collector.attribute(loader(target_set()), progress=False)
+    assert scores.shape == (300, 20)
+    with pytest.raises(MisconfigurationException, match="has no loss function as attribute"):
+        fit(tmp_path / "c", net(), task="loss")
+
+
+class Unlogged(Classifier):
+    """Lightning's logging cannot be compiled."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_modules(tmp_path: Path, whole: bool) -> None:
+    module: Any = net(Unlogged)
+    if whole:
+        module = torch.compile(module, backend="eager")
+    else:
+        module.net = torch.compile(module.net, backend="eager")
+    collector, _, _ = fit(tmp_path / "b", module, max_epochs=1)
+    plain, _, _ = fit(tmp_path / "a", net(Unlogged), max_epochs=1)
+    np.testing.assert_allclose(collector.store.grads(0), plain.store.grads(0), rtol=1e-3, atol=1e-5)
+    scores = [c.attribute(loader(target_set()), progress=False) for c in (collector, plain)]
+    np.testing.assert_allclose(*scores, rtol=1e-2, atol=1e-6)
+
+
+# --- for whom -------------------------------------------------------------------------------------
+
+
+def test_targets_are_kept_with_each_checkpoint(tmp_path: Path) -> None:
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> DataLoader:
+            return loader(train_set(), shuffle=True)
+
+        def val_dataloader(self) -> DataLoader:
+            return loader(target_set(12))
+
+        def test_dataloader(self) -> DataLoader:
+            return loader(target_set(), shuffle=True)
+
+    collector, _module, _ = fit(tmp_path / "a", net(), Data(), targets=["val", "test"])
+    store = Store(tmp_path / "a")
+    scores = collector.attribute(loader(target_set()), progress=False)
+    indices, values = top_influences(store, "test", 5)  # no model at hand
+    expected = np.sort(scores, axis=0)[::-1][:5].T
+    np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
+    assert top_influences(store, "val", 5)[0].shape == (12, 5)
+    assert indices.shape == (20, 5)
+    by_name, _, _ = fit(tmp_path / "b", net(), targets={"mine": loader(target_set())}, max_epochs=1)
+    assert top_influences(by_name.store, "mine", 3)[0].shape == (20, 3)
+    with pytest.raises(MisconfigurationException, match="needs a loader from the test_dataloader"):
+        fit(tmp_path / "c", targets="test")
+
+
+def test_metrics_are_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="log")
+    fit(tmp_path / "a", logger=logger)
+    lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+    names = lines[0].split(",")
+    rows = [dict(zip(names, line.split(","), strict=True)) for line in lines[1:]]
+    rates = [r["collector/samples_per_second"] for r in rows if r["collector/samples_per_second"]]
+    shares = [float(r["collector/share_of_time"]) for r in rows if r["collector/share_of_time"]]
+    assert len(rates) == len(shares) == 2
+    assert all(0 < share < 1 for share in shares)

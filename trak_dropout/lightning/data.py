@@ -1,0 +1,255 @@
+"""The samples that become rows of the store, in an order that never changes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,
+)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
+
+from trak_dropout.attribution import batch_size_of, inner_sampler, sequential_loader
+
+
+class TrainingData:
+    """A loader's samples in the order of its data set, in batches that are always the same.
+
+    A batch holds the same samples whatever process reads it and wherever a pass begins, and what
+    is random in a sample depends on the seed and its index alone. So a row is the same to the bit
+    in one process and in many, and after an interruption. (Of a data set with ``__getitems__``,
+    and of an iterable one, random numbers start anew for each batch.)
+
+    Args:
+        loader: the loader whose data set, collation and workers to use.
+        seed: what random augmentations start from.
+        batch_size: samples in a batch; that of the loader when None.
+        size: the number of samples of an iterable data set without ``__len__``.
+        indices: which samples to take, in this order; all when None.
+
+    Raises:
+        MisconfigurationException: the samples have no known order or number.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        seed: int,
+        batch_size: int | None = None,
+        size: int | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        try:
+            sequential_loader(loader)  # checks that it can be read in order
+        except ValueError as error:
+            raise MisconfigurationException(f"GradientCollector: {error}") from error
+        self.loader, self.seed = loader, seed
+        self.batch_size = batch_size or batch_size_of(loader)
+        self.is_stream = isinstance(loader.dataset, IterableDataset)
+        held = len(loader.dataset) if isinstance(loader.dataset, Sized) else size
+        if held is None or (not self.is_stream and not isinstance(loader.dataset, Sized)):
+            raise MisconfigurationException(
+                "GradientCollector needs a training dataset with a length and an order, got "
+                f"{type(loader.dataset).__name__}; give it __len__, or say how many samples an "
+                "IterableDataset has with train_set_size"
+            )
+        if size is not None and size != held:
+            raise MisconfigurationException(
+                f"GradientCollector: train_set_size={size} was given, but the training dataset "
+                f"has {held} samples"
+            )
+        self._samples = _chosen(loader.dataset, held, indices, self.is_stream)
+        self.size = held if indices is None else len(indices)
+        if self.size == 0:
+            raise MisconfigurationException("GradientCollector: the training dataset is empty")
+
+    def unfinished(self, done: NDArray[np.bool_]) -> list[int]:
+        """Return the numbers of the batches that hold a sample which is not done.
+
+        Args:
+            done: which samples are, ``(size,)``.
+        """
+        starts = np.arange(0, self.size, self.batch_size)
+        return np.flatnonzero(np.logical_and.reduceat(done, starts) == 0).tolist()
+
+    def read(self, batches: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
+        """Read batches as the loader's collation makes them.
+
+        Args:
+            batches: their numbers, ascending; all when None.
+
+        Yields:
+            The number of a batch and the batch. Random states are set for it.
+        """
+        every = range(-(-self.size // self.batch_size))
+        wanted = every if batches is None else batches
+        if not wanted:
+            return
+        if not self.is_stream:
+            groups = [range(b * self.batch_size, self._stop(b)) for b in wanted]
+            for number, batch in zip(wanted, self._loader(groups), strict=False):
+                set_random_states(self.seed, number)
+                yield number, batch
+            return
+        ahead, stream = set(wanted), iter(self._loader(None))
+        for number in range(wanted[-1] + 1):
+            set_random_states(self.seed, number)
+            batch = next(stream, None)
+            if batch is None:
+                return
+            if number in ahead:
+                set_random_states(self.seed, number)
+                yield number, batch
+
+    def some(self, count: int) -> Iterator[Any]:
+        """Read about ``count`` samples, evenly spaced (of an iterable data set the first ones)."""
+        if self.is_stream:
+            yield from (batch for _, batch in self.read(range(-(-count // self.batch_size))))
+            return
+        spaced = np.linspace(0, self.size - 1, min(count, self.size)).astype(int).tolist()
+        size = self.batch_size
+        yield from self._loader([spaced[i : i + size] for i in range(0, len(spaced), size)])
+
+    def rows(self, number: int) -> range:
+        """Return the rows of the store that a batch becomes."""
+        return range(number * self.batch_size, self._stop(number))
+
+    def _stop(self, number: int) -> int:
+        return min(self.size, (number + 1) * self.batch_size)
+
+    def _loader(self, groups: Sequence[Sequence[int]] | None) -> DataLoader[Any]:
+        loader = self.loader
+        how: dict[str, Any] = {"batch_size": self.batch_size}
+        dataset: Any = self._samples
+        if groups is not None:
+            how = {"batch_sampler": groups}
+            dataset = _Seeded(dataset, self.seed)
+        return DataLoader(
+            dataset,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            prefetch_factor=loader.prefetch_factor,
+            pin_memory=loader.pin_memory,
+            **how,
+        )
+
+
+def trainers_data(trainer: pl.Trainer) -> DataLoader[Any]:
+    """Return a Trainer's training loader.
+
+    Args:
+        trainer: the Trainer.
+
+    Raises:
+        MisconfigurationException: it has several or another kind of loader, or one that draws a
+            part of the data set whose order nobody knows.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        raise MisconfigurationException(
+            "GradientCollector needs a single torch DataLoader as training loader, got "
+            f"{type(loader).__name__}; give it one as dataloader="
+        )
+    if isinstance(_users_sampler(loader), SubsetRandomSampler):
+        raise MisconfigurationException(
+            "GradientCollector takes the training dataset as a whole, but the loader samples "
+            "a subset of it; give the loader torch.utils.data.Subset(dataset, indices), or the "
+            "collector indices="
+        )
+    return loader
+
+
+def warn_of_untrained(trainer: pl.Trainer, loader: DataLoader[Any]) -> None:
+    """Say so where the Trainer does not train on every sample of a loader's data set.
+
+    Args:
+        trainer: the Trainer.
+        loader: its training loader.
+    """
+    if not isinstance(loader.dataset, Sized) or isinstance(loader.dataset, IterableDataset):
+        return
+    sampler = inner_sampler(loader)
+    drawn = len(sampler) if isinstance(sampler, Sized) else len(loader.dataset)
+    drawn *= getattr(sampler, "num_replicas", 1)
+    if drawn < len(loader.dataset) or trainer.num_training_batches < len(loader):
+        rank_zero_warn(
+            f"GradientCollector collects all {len(loader.dataset)} samples of the training "
+            "dataset, but the Trainer trains on fewer of them in an epoch (a sampler, "
+            "limit_train_batches or overfit_batches): samples never trained on get scores, too"
+        )
+
+
+def set_random_states(seed: int, number: int) -> None:
+    """Set the random states of Python, NumPy and torch from a seed and a number.
+
+    Args:
+        seed: the seed.
+        number: not negative.
+    """
+    mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
+    mixed ^= mixed >> 31
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)  # noqa: NPY002  # for data sets that use it
+    torch.default_generator.manual_seed(mixed % 2**63)  # torch.manual_seed queues calls for CUDA
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(mixed % 2**63)
+
+
+class _Seeded(Dataset[Any]):
+    """A data set whose randomness depends on a seed and the index alone."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        if _fetches_batches(self._dataset):
+            set_random_states(self._seed, indices[0])
+            return self._dataset.__getitems__(list(indices))
+        samples = []
+        for index in indices:
+            set_random_states(self._seed, index)
+            samples.append(self._dataset[index])
+        return samples
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+
+def _fetches_batches(dataset: Any) -> bool:
+    """Whether a data set has a way of its own to fetch several samples; `Subset` only passes on."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return callable(getattr(dataset, "__getitems__", None))
+
+
+def _chosen(dataset: Any, held: int, indices: Sequence[int] | None, is_stream: bool) -> Any:
+    if indices is None:
+        return dataset
+    if is_stream:
+        raise MisconfigurationException(
+            "GradientCollector: indices were given, but an IterableDataset has none"
+        )
+    outside = [i for i in indices if not 0 <= i < held]
+    if outside:
+        raise MisconfigurationException(
+            f"GradientCollector: indices {outside[:5]} are outside of the training dataset, which "
+            f"has {held} samples"
+        )
+    return Subset(dataset, indices)
+
+
+def _users_sampler(loader: DataLoader[Any]) -> Any:
+    """Return the sampler that the user gave, also where Lightning put a distributed one around."""
+    sampler = inner_sampler(loader)
+    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)

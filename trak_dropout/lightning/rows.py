@@ -1,0 +1,131 @@
+"""Rows of a store, written where they belong."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.store import storable
+
+_COMMIT_SECONDS = 1.0
+
+
+class RowWriter:
+    """Writes rows of a checkpoint's files in place, and notes which ones are safe.
+
+    Several processes may write different rows of the same files. Plain writes instead of a memory
+    map: a full disk is an error then and not a signal that kills the process, and written pages do
+    not count as its memory. A row is noted as featurized only after it has reached the disk.
+
+    Args:
+        directory: the checkpoint's directory, with its files at full length.
+
+    Raises:
+        IncompleteStoreError: a file is missing, damaged or of another shape.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._files = [_Matrix(directory / f"{name}.mmap") for name in ("grads", "out_to_loss")]
+        self._flags = _Matrix(directory / "_is_featurized.mmap")
+        if len({file.rows for file in (*self._files, self._flags)}) != 1:
+            raise IncompleteStoreError(f"the files in {directory} differ in their number of rows")
+        self._pending: list[tuple[int, int]] = []
+        self._committed = time.monotonic()
+
+    def write(self, start: int, grads: Tensor, out_to_loss: Tensor) -> None:
+        """Write rows from ``start`` on.
+
+        Args:
+            start: the first row.
+            grads: ``(B, proj_dim)``.
+            out_to_loss: ``(B, 1)``.
+
+        Raises:
+            ValueError: a row cannot be held by the files' type.
+            OSError: the disk is full, or the like.
+        """
+        for file, values in zip(self._files, (grads, out_to_loss.float()), strict=True):
+            given = values.cpu().numpy()
+            file.write(start, storable(given, file.dtype, file.path.name))
+        self._pending.append((start, len(grads)))
+        if time.monotonic() - self._committed > _COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Bring what was written to disk, and note its rows as featurized."""
+        if self._pending:
+            for file in self._files:
+                file.sync()
+            for start, count in self._pending:
+                self._flags.write(start, np.ones(count, self._flags.dtype))
+            self._flags.sync()
+        self._pending = []
+        self._committed = time.monotonic()
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (*self._files, self._flags):
+            file.close()
+
+
+@contextmanager
+def row_writer(directory: Path) -> Iterator[RowWriter]:
+    """Open a `RowWriter`; what was written is noted even when the block raises.
+
+    Args:
+        directory: as for `RowWriter`.
+
+    Yields:
+        The writer.
+    """
+    writer = RowWriter(directory)
+    try:
+        yield writer
+    finally:
+        try:
+            writer.commit()
+        finally:
+            writer.close()
+
+
+def featurized(directory: Path) -> NDArray[np.bool_]:
+    """Return which rows of a checkpoint are written, ``(n_train,)``.
+
+    Args:
+        directory: the checkpoint's directory.
+    """
+    return np.load(directory / "_is_featurized.mmap").astype(bool)
+
+
+class _Matrix:
+    """A file in NumPy's format, open for writing rows."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            mapped = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise IncompleteStoreError(f"{path} is missing or damaged: {error}") from error
+        self.path, self.dtype, self.rows = path, mapped.dtype, len(mapped)
+        self._offset: int = mapped.offset
+        self._stride: int = mapped.strides[0]
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  # until close()
+
+    def write(self, start: int, values: NDArray) -> None:
+        left = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8).data
+        self._file.seek(self._offset + start * self._stride)
+        while left:
+            left = left[self._file.write(left) :]
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,101 @@
+"""Targets whose compressed gradients are kept with each checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,
+)
+from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSampler
+
+from trak_dropout.attribution import inner_sampler, sequential_loader
+
+SPLITS = ("val", "test", "predict")
+Targets = str | list[str] | Mapping[str, Any] | None
+
+
+def check_targets(targets: Targets) -> None:
+    """Check what was given as targets.
+
+    Args:
+        targets: names of the Trainer's loaders, or loaders by the name of their experiment.
+
+    Raises:
+        ValueError: a name is not known, or no plain name.
+    """
+    if isinstance(targets, Mapping):
+        for name in targets:
+            if not isinstance(name, str) or not name.isidentifier():
+                raise ValueError(f"targets: {name!r} is no plain name for an experiment")
+        return
+    for name in _names(targets):
+        if name not in SPLITS:
+            raise ValueError(
+                f"targets: {name!r} is not known; use {', '.join(map(repr, SPLITS))}, or give "
+                "loaders by name, such as {'hard': loader}"
+            )
+
+
+def target_loaders(trainer: pl.Trainer, targets: Targets) -> dict[str, Iterable[Any]]:
+    """Return the loaders of targets, by the name of their experiment.
+
+    Args:
+        trainer: the Trainer whose loaders, or whose data module's or module's, are meant.
+        targets: as for `check_targets`.
+
+    Raises:
+        MisconfigurationException: there is no such loader, or it draws samples in an order that
+            nobody knows.
+    """
+    if isinstance(targets, Mapping):
+        found: dict[str, Any] = dict(targets)
+    else:
+        found = {}
+        for split in _names(targets):
+            loaders = _split_loaders(trainer, split)
+            if isinstance(loaders, list | tuple):
+                found |= {f"{split}_{i}": loader for i, loader in enumerate(loaders)}
+            else:
+                found[split] = loaders
+    return {name: _in_order(name, loader) for name, loader in found.items()}
+
+
+def _names(targets: Any) -> list[str]:
+    return [] if targets is None else [targets] if isinstance(targets, str) else list(targets)
+
+
+def _split_loaders(trainer: pl.Trainer, split: str) -> Any:
+    if split == "val" and trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders
+    hook = f"{split}_dataloader"
+    problem: Any = "there is none"
+    for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+        if owner is None:
+            continue
+        try:
+            loaders = getattr(owner, hook)()
+        except (AttributeError, NotImplementedError, MisconfigurationException) as error:
+            problem = error
+            continue
+        if loaders is not None:
+            return loaders
+    raise MisconfigurationException(
+        f"GradientCollector(targets={split!r}) needs a loader from the {hook} of the data module "
+        f"or module during fit, but: {problem}; prepare that data in setup('fit'), or give a "
+        "loader by name, targets={'" + split + "': loader}"
+    )
+
+
+def _in_order(name: str, loader: Any) -> Iterable[Any]:
+    if not isinstance(loader, DataLoader):
+        return loader
+    sampler = inner_sampler(loader)
+    if isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler):
+        raise MisconfigurationException(
+            f"GradientCollector: the targets {name!r} are drawn with a {type(sampler).__name__}, "
+            "so their order is unknown; use torch.utils.data.Subset(dataset, indices)"
+        )
+    return sequential_loader(loader)
