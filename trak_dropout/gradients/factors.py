@@ -137,6 +137,41 @@ class Formed(Factor):
         return _raised(values.reshape(len(values), values.shape[1] if values.ndim > 1 else 1, -1))
 
 
+class Sums(Factor):
+    """Sums over positions, as of a bias; no more of them are made than are asked for.
+
+    Args:
+        values: what to sum, such as output gradients, ``(B, T, columns)``.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is held of each sample."""
+        return (self._values,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._values.nbytes
+
+    def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
+        """Compute coordinates of all samples."""
+        _, positions, columns = self._values.shape
+        held = 8 * (min(len(at), columns) * positions + len(at))
+        for part in _parts(len(self._values), held, budget):
+            if len(at) < columns:
+                yield part, _ALL, _raised(_columns(self._values[part], at.flat)).sum(1)
+            else:
+                yield part, _ALL, self.form(part)[..., 0].index_select(1, at.flat)
+
+    def form(self, part: slice) -> Tensor:
+        """Form the gradients of some samples."""
+        return _raised(self._values[part]).sum(1).unsqueeze(-1)
+
+
 class Products(Factor):
     """A sum of outer products over positions: each gives one value for each row and column.
 
