@@ -67,12 +67,13 @@ class Layout:
     Args:
         output: the batch in what it returns.
         inputs: the batch in each tensor that it is given.
-        leads: whether an output without a batch begins with a dimension of one.
+        room: in an output without a batch, the first dimension of one, which a batch can take;
+            None where there is none, so that it goes in front.
     """
 
     output: Place
     inputs: tuple[Place, ...]
-    leads: bool = False
+    room: int | None = None
 
 
 Layouts = Mapping[str, Sequence[Layout]]
@@ -114,14 +115,15 @@ def covered_sites(model: nn.Module, names: Iterable[str]) -> list[Site]:
 
 
 def find_layouts(
-    model: nn.Module, names: Iterable[str], run: Callable[[int], object]
+    model: nn.Module, names: Iterable[str], run: Callable[[int], Tensor]
 ) -> dict[str, list[Layout]]:
     """Find where layers have their samples, from runs of two and of three samples.
 
     Args:
-        model: the model; its gradients are not touched.
+        model: the model; its gradients are lost.
         names: the parameters of interest.
-        run: runs the model's training forward on so many samples.
+        run: runs the model's training forward on so many samples; what it returns is followed
+            back, because an activation checkpoint may call layers only then.
 
     Returns:
         The layouts, for `LiveGradients`.
@@ -142,10 +144,11 @@ def find_layouts(
         handles = [_on_call(site, note) for site in sites]
         try:
             with torch.enable_grad():
-                run(count)
+                run(count).sum().backward()
         finally:
             for handle in handles:
                 handle.remove()
+            model.zero_grad(set_to_none=True)
         seen.append(calls)
     two, three = seen
     if [name for name, _ in two] != [name for name, _ in three]:
@@ -153,8 +156,8 @@ def find_layouts(
     found: dict[str, list[Layout]] = {}
     for (name, first), (_, second) in zip(two, three, strict=True):
         output, *inputs = (place_of(a, b) for a, b in zip(first, second, strict=True))
-        leads = bool(first[0]) and first[0][0] == 1
-        found.setdefault(name, []).append(Layout(output, tuple(inputs), leads))
+        room = first[0].index(1) if output is None and 1 in first[0] else None
+        found.setdefault(name, []).append(Layout(output, tuple(inputs), room))
     return found
 
 
@@ -371,9 +374,10 @@ class LiveGradients:
         layout = self._layout(step, site, given, output)
         place, result = layout.output, output
         if place is None:  # a batch dimension, so that each sample has its gradient
-            place = 0, 1
-            whole = result.unsqueeze(0) if not layout.leads else result
-            result = whole.expand(step.samples, *whole.shape[1:])
+            room = layout.room or 0
+            place = room, 1
+            result = result.unsqueeze(0) if layout.room is None else result
+            result = result.expand(*result.shape[:room], step.samples, *result.shape[room + 1 :])
         elif result._base is not None:
             result = result.clone()  # the hook of a view is lost when it is changed in place
         held = [value.detach() for value in given]
