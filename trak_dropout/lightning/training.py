@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
 )
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from trak_dropout.attribution import split_state
 from trak_dropout.gradients import FactorError
@@ -24,10 +26,11 @@ from trak_dropout.lightning.blocks import BlockWriter, merge, rows_of, same_bloc
 from trak_dropout.lightning.order import Listener, Pass, latest_pass
 from trak_dropout.lightning.position import is_trial, position
 from trak_dropout.lightning.processes import Processes
+from trak_dropout.lightning.subject import parameter_names, submodule
 from trak_dropout.lightning.tryout import TryoutError, try_training_step
 from trak_dropout.projector import DropoutProjector
 from trak_dropout.store import ManifestSaver
-from trak_dropout.visits import VISITS, NOT_STORED, Visits
+from trak_dropout.visits import NOT_STORED, VISITS, Visits
 
 ROWS = "minus the gradient of the training loss"
 _BATCHES_HELD, _BYTES_HELD = 64, 2**24
@@ -43,8 +46,9 @@ class TrainingRows:
     names.
 
     Args:
-        projector: makes the projector for the parameters that it is given.
-        grad_wrt: names of the parameters to take gradients of; all that are trained when None.
+        projector: makes the projector for the parameters of a model that it is given.
+        part: the submodule whose gradients are taken, by name; the module itself when None.
+        grad_wrt: names or patterns of its parameters; all that are trained when None.
         reduction: whether the loss is the mean or the sum of the samples' losses; ``"auto"`` to
             find out.
         self_check: compare rows with plain autograd, before training begins and now and then.
@@ -52,12 +56,13 @@ class TrainingRows:
 
     def __init__(
         self,
-        projector: Callable[[Sequence[str]], DropoutProjector],
-        grad_wrt: Sequence[str] | None,
+        projector: Callable[[nn.Module, Sequence[str]], DropoutProjector],
+        part: str | None,
+        grad_wrt: str | Sequence[str] | None,
         reduction: Reduction | str,
         self_check: bool,
     ) -> None:
-        self._make_projector, self._grad_wrt = projector, grad_wrt
+        self._make_projector, self._part, self._grad_wrt = projector, part, grad_wrt
         self._reduction, self._self_check = reduction, self_check
         self._listener: Listener | None = None
         self._live: LiveGradients | None = None
@@ -101,8 +106,9 @@ class TrainingRows:
         size = _size_of(loader)
         self._root, self._processes, self._size = root, processes, size
         with processes.together():
-            self._names = self._trained(module)
-            self._projector = self._make_projector(self._names)
+            self._model = submodule(module, self._part)
+            self._names = self._trained()
+            self._projector = self._make_projector(self._model, self._names)
             if self._projector.proj_type == "weighted_dropout":
                 raise MisconfigurationException(
                     "GradientCollector(mode='training') cannot use proj_type='weighted_dropout': "
@@ -115,7 +121,7 @@ class TrainingRows:
         if is_trial(trainer):
             return
         self._live = LiveGradients(
-            module,
+            self._model,
             self._projector.shares(0, module.device),
             self._names,
             layouts=layouts,
@@ -131,7 +137,7 @@ class TrainingRows:
             meets = [
                 name
                 for name, part in module.named_modules()
-                if isinstance(part, nn.modules.batchnorm._BatchNorm)
+                if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training
             ]
             self._saver.describe_run(
                 mode="training", rows=ROWS, reduction=reduction, batch_statistics=meets
@@ -150,13 +156,13 @@ class TrainingRows:
             return
         epoch = trainer.current_epoch
         if self._block is None or self._block.epoch != epoch:
-            self._finish_block(trainer, module)
+            self._finish_block(trainer)
             if self._epoch_of_pass is not None:
                 self._pass = latest_pass(trainer.train_dataloader)
             self._epoch_of_pass = epoch
             # A run that is resumed within an epoch counts on, but its loader begins anew.
             self._first_batch = batch_idx if position(trainer) == self._position + 1 else 0
-            self._open_block(epoch, module)
+            self._open_block(epoch, module.device)
         assert self._pass is not None and self._block is not None
         self._indices = self._pass.indices(batch_idx - self._first_batch)
         self._step = trainer.global_step
@@ -202,9 +208,9 @@ class TrainingRows:
         if self._block is not None:
             self._block.stepped(_learning_rates(optimizer))
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer) -> None:
         """Complete the epoch's block."""
-        self._finish_block(trainer, module)
+        self._finish_block(trainer)
 
     def on_save_checkpoint(self) -> None:
         """Bring to disk what a run that is resumed from this checkpoint will not see again."""
@@ -223,18 +229,17 @@ class TrainingRows:
 
     # --- inside ----------------------------------------------------------------------------
 
-    def _trained(self, module: pl.LightningModule) -> list[str]:
+    def _trained(self) -> list[str]:
         """Names of the parameters to take gradients of."""
-        trained = [name for name, weight in module.named_parameters() if weight.requires_grad]
-        if self._grad_wrt is None:
-            return trained
-        frozen = sorted(set(self._grad_wrt) - set(trained))
+        trained = [name for name, weight in self._model.named_parameters() if weight.requires_grad]
+        chosen = parameter_names(self._model, self._grad_wrt)
+        frozen = sorted(set(chosen or ()) - set(trained))
         if frozen:
             raise MisconfigurationException(
                 f"GradientCollector(mode='training'): grad_wrt names {', '.join(frozen[:10])}, "
                 "which training does not change (requires_grad is False)"
             )
-        return list(self._grad_wrt)
+        return trained if chosen is None else chosen
 
     def _try(
         self, trainer: pl.Trainer, module: pl.LightningModule
@@ -244,7 +249,7 @@ class TrainingRows:
         shares = self._projector.shares(0, module.device)
         try:
             layouts, found = try_training_step(
-                trainer, module, shares, self._names, self._self_check
+                trainer, module, self._part, shares, self._names, self._self_check
             )
         except TryoutError as error:
             rank_zero_warn(
@@ -270,12 +275,12 @@ class TrainingRows:
             )
         return layouts, found or given or "mean"
 
-    def _open_block(self, epoch: int, module: pl.LightningModule) -> None:
+    def _open_block(self, epoch: int, device: torch.device) -> None:
         """Begin the block of an epoch, or go on with it where a resumed run does."""
         assert self._live is not None
         fresh = [
             name
-            for name, weight in module.named_parameters()
+            for name, weight in self._model.named_parameters()
             if weight.requires_grad and name not in set(self._names)
         ]
         if fresh and self._grad_wrt is None:
@@ -320,10 +325,10 @@ class TrainingRows:
                 before = Visits.load(Path(earlier) / VISITS)
                 before = before[(before.rank == rank) & (before.batch <= after)]
                 writer.add(before, rows_of(Path(earlier), before))
-            self._live.shares = self._projector.shares(model_id, module.device)
+            self._live.shares = self._projector.shares(model_id, device)
             self._live.start()
 
-    def _finish_block(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _finish_block(self, trainer: pl.Trainer) -> None:
         """Complete the block that is open, if any."""
         block = self._block
         if block is None or trainer.interrupted:
@@ -344,7 +349,7 @@ class TrainingRows:
             saver.current_store["out_to_loss"][:] = stored[:, None]
             for name in ("is_featurized", "out_to_loss"):
                 saver.current_store[name].flush()
-            saver.save_weights(block.model_id, *split_state(module))
+            saver.save_weights(block.model_id, *split_state(self._model))
             saver.serialize_current_model_id_metadata()
             lost = int((visits.place == NOT_STORED).sum())
             saver.describe(
@@ -412,7 +417,7 @@ class _Block:
         if len(self._rows) >= _BATCHES_HELD or self._held >= _BYTES_HELD:
             self._flush(len(self._rows) - self._since_step or len(self._rows))
 
-    def stepped(self, learning_rate: np.ndarray) -> None:
+    def stepped(self, learning_rate: NDArray[np.float64]) -> None:
         """Note the learning rate of the optimizer step that follows."""
         for visits in self._visits[len(self._visits) - self._since_step :]:
             visits.learning_rate[:] = learning_rate
@@ -437,16 +442,12 @@ class _Block:
         self._held = sum(len(visits) * self._width for visits in self._visits)
 
 
-def _learning_rates(optimizer: Any) -> np.ndarray:
+def _learning_rates(optimizer: Any) -> NDArray[np.float64]:
     return np.array([float(group["lr"]) for group in optimizer.param_groups])
 
 
 def _size_of(loader: Any) -> int:
     """The number of samples of a map-style data set."""
-    from collections.abc import Sized
-
-    from torch.utils.data import IterableDataset
-
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not len(dataset):
         raise MisconfigurationException(

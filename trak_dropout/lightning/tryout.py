@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trak_dropout.attribution import to_device
 from trak_dropout.gradients import FactorError
 from trak_dropout.gradients.live import Layout, Reduction, Shares, check_samples, find_layouts
+from trak_dropout.lightning.subject import submodule
 
 _SAMPLES = 3
 
@@ -26,6 +27,7 @@ class TryoutError(FactorError):
 def try_training_step(
     trainer: pl.Trainer,
     module: pl.LightningModule,
+    part: str | None,
     shares: Shares,
     names: Sequence[str],
     check: bool,
@@ -40,8 +42,9 @@ def try_training_step(
     Args:
         trainer: the Trainer, whose training loader is ready.
         module: the module; it is left as it is, and so are random states.
+        part: the submodule whose gradients are taken, by name; the module itself when None.
         shares: a mask.
-        names: the parameters that the mask was drawn for.
+        names: the parameters that the mask was drawn for, by their names in that part.
         check: whether to compare.
 
     Returns:
@@ -74,15 +77,20 @@ def try_training_step(
                     f"Trainer, failed: {type(error).__name__}: {error}"
                 ) from error
 
-        layouts = run(lambda twin: find_layouts(twin, names, lambda n: step(twin, range(n))))
+        layouts = run(
+            lambda twin: find_layouts(
+                submodule(twin, part), names, lambda count: step(twin, range(count))
+            )
+        )
         if not check:
             return layouts, None
 
         def compare(settle: Callable[[nn.Module], None]) -> Reduction:
             def work(twin: pl.LightningModule) -> Reduction:
                 settle(twin)
+                model = submodule(twin, part)
                 return check_samples(
-                    twin, shares, names, layouts, lambda which: step(twin, which), _SAMPLES
+                    model, shares, names, layouts, lambda which: step(twin, which), _SAMPLES
                 )
 
             return run(work)
