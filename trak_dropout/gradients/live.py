@@ -30,14 +30,15 @@ class NoRuleError(FactorError):
     """Parameters whose gradients cannot be taken from a training backward.
 
     Args:
-        owners: the type of the module that holds each, by the parameter's name.
+        owners: the type of the module that holds each, or what else is in the way, by the
+            parameter's name.
     """
 
     def __init__(self, owners: Mapping[str, str]) -> None:
         told = ", ".join(f"{name} ({owner})" for name, owner in owners.items())
         super().__init__(
-            f"these parameters have no rule, so their per-sample gradients cannot be taken from "
-            f"the training backward: {told}. Leave them out by naming the others in grad_wrt, "
+            f"the layers of these parameters have no rule, so their per-sample gradients cannot be "
+            f"taken from the training backward: {told}. Leave them out by naming the others in grad_wrt, "
             "give their layer a rule (trak_dropout.gradients.rule), or collect at checkpoints"
         )
         self.parameters = list(owners)
@@ -93,6 +94,16 @@ def covered_sites(model: nn.Module, names: Iterable[str]) -> list[Site]:
     Raises:
         NoRuleError: a module that holds one of the parameters has no rule for it.
     """
+    sites, without = _look_for_rules(model, names)
+    if without:
+        raise NoRuleError(without)
+    return sites
+
+
+def _look_for_rules(
+    model: nn.Module, names: Iterable[str]
+) -> tuple[list[Site], dict[str, str]]:
+    """Modules with rules for parameters, and the types of those that have none."""
     wanted = set(names)
     known = {id(weight): name for name, weight in model.named_parameters()}
     sites: list[Site] = []
@@ -109,9 +120,7 @@ def covered_sites(model: nn.Module, names: Iterable[str]) -> list[Site]:
                     if local not in ruled}  # fmt: skip
         if rule is not None:
             sites.append(Site(path, module, rule.function, own))
-    if without:
-        raise NoRuleError({name: without[name] for name in known.values() if name in without})
-    return sites
+    return sites, {name: without[name] for name in known.values() if name in without}
 
 
 def find_layouts(
@@ -129,11 +138,12 @@ def find_layouts(
         The layouts, for `LiveGradients`.
 
     Raises:
-        NoRuleError: as for `covered_sites`.
+        NoRuleError: as for `covered_sites`; or something else than its own layer reads a parameter.
         FactorError: the model calls other layers for other numbers of samples, or shapes do not
             tell where the samples are.
     """
-    sites = covered_sites(model, names)
+    sites, without = _look_for_rules(model, names)
+    weights = dict(model.named_parameters())
     seen: list[list[tuple[str, list[torch.Size]]]] = []
     for count in (2, 3):
         calls: list[tuple[str, list[torch.Size]]] = []
@@ -145,11 +155,20 @@ def find_layouts(
         try:
             with torch.enable_grad():
                 run(count).sum().backward()
+            called = {name for name, _ in calls}
+            without |= {
+                name: f"read past its {type(site.module).__name__}"
+                for site in sites
+                for name in site.parameters.values()
+                if site.name not in called and weights[name].grad is not None
+            }
         finally:
             for handle in handles:
                 handle.remove()
             model.zero_grad(set_to_none=True)
         seen.append(calls)
+    if without:
+        raise NoRuleError({name: without[name] for name in weights if name in without})
     two, three = seen
     if [name for name, _ in two] != [name for name, _ in three]:
         raise FactorError("the model calls other layers for two samples than for three")
@@ -288,6 +307,11 @@ class LiveGradients:
             self.stop()
             self.start()
 
+    @property
+    def lowest(self) -> torch.dtype:
+        """The least precise type that was met in the batch under way."""
+        return torch.float64 if self._step is None else self._step.lowest
+
     def start(self) -> None:
         """Put hooks on the layers of which a coordinate is kept."""
         if not self._handles:
@@ -407,7 +431,7 @@ class LiveGradients:
                 for value, place in zip(given, layout.inputs, strict=True)
             ]
             types = [x.dtype for x in (gradient, *inputs) if x.is_floating_point()]
-            step.lowest = max(step.lowest, *types, key=lambda dtype: torch.finfo(dtype).eps)
+            step.lowest = _least(step.lowest, *types)
             factors = site.function(site.module, inputs, gradient)
             for own, name in site.parameters.items():
                 weight = self._weights[name]
@@ -468,9 +492,7 @@ class LiveGradients:
             if not bool(torch.isfinite(expected.sum()) & torch.isfinite(found.sum())):
                 continue  # such as steps that a loss scale which is too large spoils
             size = max(float(step.sizes.get(name, zero).max()), float(expected.abs().max()))
-            lowest = max(
-                step.lowest, self._weights[name].dtype, key=lambda dtype: torch.finfo(dtype).eps
-            )
+            lowest = _least(step.lowest, step.out.dtype, self._weights[name].dtype)
             error = float((found - expected).abs().max())
             if not error <= _TOLERANCE.get(lowest, 0.1) * (size + 1e-3 * worst):
                 raise FactorError(
@@ -479,6 +501,11 @@ class LiveGradients:
                     "the layer itself reads it, such as an attention kernel or a tied projection "
                     "by hand. Leave it out of grad_wrt, or collect at checkpoints"
                 )
+
+
+def _least(*dtypes: torch.dtype) -> torch.dtype:
+    """The least precise of some types."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _leading(site: Site, value: Tensor, samples: int) -> Place:
@@ -525,7 +552,7 @@ def check_samples(
         loss = loss_of(range(samples))
         live.expect()
         loss.backward()  # activation checkpoints do not work with autograd.grad
-        found = live.end()
+        lowest, found = live.lowest, live.end()
         live.stop()
         for i in range(samples):
             model.zero_grad(set_to_none=True)
@@ -536,9 +563,8 @@ def check_samples(
                     shares.add(expected[i : i + 1], name, grad.unsqueeze(0).to(expected.dtype))
     model.zero_grad(set_to_none=True)
     expected = shares.finish(expected)
-    least = max((w.dtype for w in weights.values()), key=lambda dtype: torch.finfo(dtype).eps)
-    least = max(least, loss.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    tolerance = max(_TOLERANCE.get(least, 0.1), 0.1 if torch.is_autocast_enabled() else 0.0)
+    least = _least(lowest, found.dtype, *(weight.dtype for weight in weights.values()))
+    tolerance = _TOLERANCE.get(least, 0.1)
     size = float(expected.abs().max())
     errors: dict[Reduction, float] = {
         "mean": float((samples * found - expected).abs().max()),
