@@ -81,7 +81,10 @@ def collector(path: Path, **options: Any) -> GradientCollector:
 
 
 def fit(
-    build: Callable[[], nn.Module], callbacks: list[Any], loader: dict[str, Any] | None = None, **options: Any
+    build: Callable[[], nn.Module],
+    callbacks: list[Any],
+    loader: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Stepper:
     pl.seed_everything(1, verbose=False)
     module = Stepper(build(), options.pop("reduction", "mean"))
@@ -207,7 +210,7 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path, workers: int) -> None:
     assert td.open_store(tmp_path).manifest["run"]["batch_statistics"] == ["net.1"]
 
 
-class Interrupted(Exception):
+class BrokenOffError(Exception):
     pass
 
 
@@ -222,7 +225,7 @@ class Interrupt(pl.Callback):
         if batches == self.save_at:
             trainer.save_checkpoint(self.path)
         if batches == self.fail_at:
-            raise Interrupted
+            raise BrokenOffError
 
 
 def files_of(path: Path) -> dict[str, bytes]:
@@ -250,8 +253,8 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     order = {"shuffle": False}
     whole = fit(calm_net, [collector(tmp_path / "whole")], order, max_epochs=3)
     checkpoint, broken = tmp_path / "at.ckpt", tmp_path / "broken"
-    with pytest.raises(Interrupted):
-        breaking = [Interrupt(checkpoint, save_at, fail_at), collector(broken)]
+    breaking = [Interrupt(checkpoint, save_at, fail_at), collector(broken)]
+    with pytest.raises(BrokenOffError):
         fit(calm_net, breaking, order, max_epochs=3)
     module = Stepper(calm_net())
     resumed = trainer(callbacks=[collector(broken)], max_epochs=3)
@@ -265,8 +268,8 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
 def test_within_an_epoch_what_was_seen_before_is_kept(tmp_path: Path) -> None:
     """Resumed within an epoch, the loader begins anew; rows from before stay."""
     checkpoint, watcher = tmp_path / "at.ckpt", Watcher()
-    with pytest.raises(Interrupted):
-        breaking = [watcher, Interrupt(checkpoint, 7, 9), collector(tmp_path / "store")]
+    breaking = [watcher, Interrupt(checkpoint, 7, 9), collector(tmp_path / "store")]
+    with pytest.raises(BrokenOffError):
         fit(net, breaking, max_epochs=3)
     del watcher.weights[7:]
     module = Stepper(net())
@@ -285,10 +288,10 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
         def on_after_backward(self, *_: Any) -> None:
             assert isinstance(data.batch_sampler, RecordingBatchSampler)
             assert any(part._forward_hooks for part in module.modules())
-            raise Interrupted
+            raise BrokenOffError
 
     fitted = trainer(callbacks=[Fail(), collector(tmp_path)])
-    with pytest.raises(Interrupted):
+    with pytest.raises(BrokenOffError):
         fitted.fit(module, data)
     assert data.batch_sampler is before
     assert not any(part._forward_hooks for part in module.modules())
@@ -343,9 +346,7 @@ def test_what_cannot_be_right_is_refused(
     tmp_path: Path, module: Any, options: Any, words: str
 ) -> None:
     with pytest.raises(MisconfigurationException, match=words):
-        trainer(callbacks=[collector(tmp_path, **options)]).fit(
-            module(), DataLoader(dataset(), 16)
-        )
+        trainer(callbacks=[collector(tmp_path, **options)]).fit(module(), DataLoader(dataset(), 16))
 
 
 def test_options_of_the_other_mode_are_refused(tmp_path: Path) -> None:

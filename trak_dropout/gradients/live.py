@@ -37,9 +37,10 @@ class NoRuleError(FactorError):
     def __init__(self, owners: Mapping[str, str]) -> None:
         told = ", ".join(f"{name} ({owner})" for name, owner in owners.items())
         super().__init__(
-            f"the layers of these parameters have no rule, so their per-sample gradients cannot be "
-            f"taken from the training backward: {told}. Leave them out by naming the others in grad_wrt, "
-            "give their layer a rule (trak_dropout.gradients.rule), or collect at checkpoints"
+            "the layers of these parameters have no rule, so their per-sample gradients "
+            f"cannot be taken from the training backward: {told}. Leave them out by naming the "
+            "others in grad_wrt, give their layer a rule (trak_dropout.gradients.rule), or "
+            "collect at checkpoints"
         )
         self.parameters = list(owners)
 
@@ -100,9 +101,7 @@ def covered_sites(model: nn.Module, names: Iterable[str]) -> list[Site]:
     return sites
 
 
-def _look_for_rules(
-    model: nn.Module, names: Iterable[str]
-) -> tuple[list[Site], dict[str, str]]:
+def _look_for_rules(model: nn.Module, names: Iterable[str]) -> tuple[list[Site], dict[str, str]]:
     """Modules with rules for parameters, and the types of those that have none."""
     wanted = set(names)
     known = {id(weight): name for name, weight in model.named_parameters()}
@@ -154,7 +153,7 @@ def find_layouts(
         handles = [_on_call(site, note) for site in sites]
         try:
             with torch.enable_grad():
-                run(count).sum().backward()
+                run(count).sum().backward()  # type: ignore[no-untyped-call]
             called = {name for name, _ in calls}
             without |= {
                 name: f"read past its {type(site.module).__name__}"
@@ -496,10 +495,10 @@ class LiveGradients:
             error = float((found - expected).abs().max())
             if not error <= _TOLERANCE.get(lowest, 0.1) * (size + 1e-3 * worst):
                 raise FactorError(
-                    f"over the samples of a batch, the gradients of {name} do not add up to the one "
-                    f"that autograd computed (off by {error:.3g} of {size:.3g}): something besides "
-                    "the layer itself reads it, such as an attention kernel or a tied projection "
-                    "by hand. Leave it out of grad_wrt, or collect at checkpoints"
+                    f"over the samples of a batch, the gradients of {name} do not add up to "
+                    f"the one that autograd computed (off by {error:.3g} of {size:.3g}): something "
+                    "besides the layer itself reads it, such as an attention kernel or a "
+                    "projection tied by hand. Leave it out of grad_wrt, or collect at checkpoints"
                 )
 
 
@@ -551,12 +550,13 @@ def check_samples(
         live.begin(samples)
         loss = loss_of(range(samples))
         live.expect()
-        loss.backward()  # activation checkpoints do not work with autograd.grad
+        # Not autograd.grad, with which activation checkpoints do not work.
+        loss.backward()  # type: ignore[no-untyped-call]
         lowest, found = live.lowest, live.end()
         live.stop()
         for i in range(samples):
             model.zero_grad(set_to_none=True)
-            loss_of([i]).backward()
+            loss_of([i]).backward()  # type: ignore[no-untyped-call]
             for name, weight in weights.items():
                 if weight.grad is not None:
                     grad = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad

@@ -189,7 +189,7 @@ def _same_bytes(a: Path, b: Path) -> bool:
 
 
 def _write(file: int, row: Rows, offset: int) -> None:
-    left = memoryview(row).cast("B")
+    left = memoryview(row.view(np.uint8))  # type: ignore[arg-type]
     while left:
         written = os.pwrite(file, left, offset)
         left, offset = left[written:], offset + written

@@ -90,7 +90,7 @@ class Listener:
         self._process = trainer.strategy.process_dataloader
         self._loaders: list[Any] = []
         self._active = True
-        trainer.strategy.process_dataloader = self._ready  # type: ignore[method-assign]
+        trainer.strategy.process_dataloader = self._ready  # type: ignore[method-assign,assignment]
 
     def _ready(self, loader: object) -> object:
         loader = self._process(loader)

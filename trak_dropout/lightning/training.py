@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
 )
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -69,6 +69,7 @@ class TrainingRows:
         self._saver: ManifestSaver | None = None
         self._block: _Block | None = None
         self._pass: Pass | None = None
+        self._epoch_of_pass: int | None = None
 
     # --- hooks -----------------------------------------------------------------------------
 
@@ -163,7 +164,7 @@ class TrainingRows:
             # A run that is resumed within an epoch counts on, but its loader begins anew.
             self._first_batch = batch_idx if position(trainer) == self._position + 1 else 0
             self._open_block(epoch, module.device)
-        assert self._pass is not None and self._block is not None
+        assert self._pass is not None
         self._indices = self._pass.indices(batch_idx - self._first_batch)
         self._step = trainer.global_step
         self._live.begin(len(self._indices))

@@ -56,7 +56,7 @@ def try_training_step(
         FactorError: rows are not the gradients of single samples, or layers do not tell where
             their samples are.
     """
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     with isolate_rng(), torch.inference_mode(False), torch.enable_grad():
         items = [loader.dataset[i % len(loader.dataset)] for i in range(_SAMPLES)]
 
@@ -85,7 +85,7 @@ def try_training_step(
         if not check:
             return layouts, None
 
-        def compare(settle: Callable[[nn.Module], None]) -> Reduction:
+        def compare(settle: Callable[[nn.Module], object]) -> Reduction:
             def work(twin: pl.LightningModule) -> Reduction:
                 settle(twin)
                 model = submodule(twin, part)
@@ -98,7 +98,7 @@ def try_training_step(
         try:  # in training mode, because a step may do other things than in evaluation
             return layouts, compare(_settle_random)
         except FactorError:
-            return layouts, compare(lambda twin: twin.eval() and None)
+            return layouts, compare(lambda twin: twin.eval())
 
 
 def _twin(module: pl.LightningModule) -> pl.LightningModule:
