@@ -548,7 +548,8 @@ class _Kept:
     def _fold(self, out: Tensor, at: slice, values: Tensor) -> None:
         """Add values ``(b, c)`` of some of the coordinates to their columns of ``out``."""
         if self.place is not None:
-            out[:, self.place][:, at] += values
+            first = self.place.start + (at.start or 0)
+            out[:, first : first + values.shape[1]].add_(values)
         elif values.mT.is_contiguous() and values.shape[1] == len(self.flat):
             if self.bags is None:  # for each column, which coordinates it sums
                 order = torch.argsort(self.columns, stable=True)

@@ -415,22 +415,24 @@ class LiveGradients:
                     f"of {', '.join(site.parameters.values())} cannot be made from it; use "
                     "inplace=False there, or leave them out of grad_wrt"
                 )
-            self._take(step, site, layout, held, to_front(gradient, place, step.samples))
+            inputs = [
+                to_front(value, at, step.samples)
+                for value, at in zip(held, layout.inputs, strict=True)
+            ]
+            held.clear()  # this hook lives as long as the graph
+            self._take(step, site, inputs, to_front(gradient, place, step.samples))
 
         result.register_hook(arrived)  # type: ignore[no-untyped-call]
         return None if result is output else result
 
     def _take(
-        self, step: _Step, site: Site, layout: Layout, given: list[Tensor], gradient: Tensor
+        self, step: _Step, site: Site, inputs: list[Tensor], gradient: Tensor
     ) -> None:
         """Add a layer's shares of the samples' gradients."""
         with torch.no_grad():
-            inputs = [
-                to_front(value, place, step.samples)
-                for value, place in zip(given, layout.inputs, strict=True)
-            ]
-            types = [x.dtype for x in (gradient, *inputs) if x.is_floating_point()]
-            step.lowest = _least(step.lowest, *types)
+            if step.checked:
+                types = [x.dtype for x in (gradient, *inputs) if x.is_floating_point()]
+                step.lowest = _least(step.lowest, *types)
             factors = site.function(site.module, inputs, gradient)
             for own, name in site.parameters.items():
                 weight = self._weights[name]
@@ -544,7 +546,7 @@ def check_samples(
         FactorError: it is neither: the loss of a sample depends on others, or the model is random.
     """
     weights = {n: w for n, w in model.named_parameters() if n in set(names) and w.requires_grad}
-    live = LiveGradients(model, shares, names, layouts=layouts, reduction="sum", check=False)
+    live = LiveGradients(model, shares, names, layouts=layouts, reduction="sum")
     expected = shares.zeros(samples)
     with live, torch.enable_grad():
         live.begin(samples)
