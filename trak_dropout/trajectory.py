@@ -9,6 +9,7 @@ taken once for each block, at the weights at its end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -16,11 +17,13 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from trak_dropout._checks import check_integer
-from trak_dropout.ranking import _Best, _targets
-from trak_dropout.store import IncompleteStoreError, RowFile, Store
+from trak_dropout.largest import PIECE, Largest
+from trak_dropout.ranking import _targets
+from trak_dropout.rowfile import IncompleteStoreError, RowFile
+from trak_dropout.store import Store
 from trak_dropout.visits import IN_PLACE, REPEATS, VISITS, Visits
 
 Weighting = Literal["learning_rate", "change"]
@@ -125,12 +128,14 @@ def trajectory_influences(
     best = []
     for start in range(0, run.targets, step):
         stop = min(start + step, run.targets)
-        top = _Best(stop - start, k, "cpu")
+        top = Largest(stop - start, k, "cpu")
         for first, scores in run.scores(start, stop):
-            top.add(scores.mul_(sign), first)
-        best.append(top)
-    indices = torch.cat([top.indices for top in best]).numpy()
-    return indices, np.float32(sign) * torch.cat([top.values for top in best]).numpy()
+            padding = -len(scores) % PIECE
+            filled = nn.functional.pad(scores.T * sign, (0, padding), value=-math.inf)
+            top.add(filled.contiguous(), first)
+        best.append(top.settle())
+    values, indices = (torch.cat(parts).numpy() for parts in zip(*best, strict=True))
+    return indices, np.float32(sign) * values
 
 
 def trajectory_self_influence(

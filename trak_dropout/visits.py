@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from trak_dropout._safetensors import load_tensors, save_tensors
-from trak_dropout.store import IncompleteStoreError
+from trak_dropout.rowfile import IncompleteStoreError
 
 VISITS, REPEATS = "visits.safetensors", "repeats.npy"
 IN_PLACE, NOT_STORED = -1, -2

@@ -425,9 +425,7 @@ class LiveGradients:
         result.register_hook(arrived)  # type: ignore[no-untyped-call]
         return None if result is output else result
 
-    def _take(
-        self, step: _Step, site: Site, inputs: list[Tensor], gradient: Tensor
-    ) -> None:
+    def _take(self, step: _Step, site: Site, inputs: list[Tensor], gradient: Tensor) -> None:
         """Add a layer's shares of the samples' gradients."""
         with torch.no_grad():
             if step.checked:
