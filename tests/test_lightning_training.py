@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import trak_dropout as td
+from trak_dropout.inspection import inspect_store
 from trak_dropout.lightning import GradientCollector
 from trak_dropout.lightning.order import RecordingBatchSampler
 from trak_dropout.visits import IN_PLACE, NOT_STORED
@@ -297,6 +298,18 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert not any(part._forward_hooks for part in module.modules())
     assert not any(weight._backward_hooks for weight in module.parameters())
     assert "process_dataloader" not in vars(fitted.strategy)
+
+
+def test_blocks_are_inspected_and_verified(tmp_path: Path) -> None:
+    fit(net, [collector(tmp_path)], {"drop_last": True}, max_epochs=1)
+    report = inspect_store(tmp_path, thorough=True)
+    (block,) = report.checkpoints
+    assert (block.state, block.rows, block.problems) == ("complete", 64, [])
+    assert "64 visits of 64 of 75 samples" in block.notes
+    file = tmp_path / "0" / "visits.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    (block,) = inspect_store(tmp_path).checkpoints
+    assert "damaged" in block.problems[0]
 
 
 def test_a_trial_run_leaves_no_store(tmp_path: Path) -> None:

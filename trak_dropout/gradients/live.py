@@ -63,7 +63,7 @@ class Shares(Protocol):
 
 
 @dataclass(frozen=True)
-class Layout:
+class CallLayout:
     """Where a call of a layer has its samples.
 
     Args:
@@ -78,7 +78,7 @@ class Layout:
     room: int | None = None
 
 
-Layouts = Mapping[str, Sequence[Layout]]
+Layouts = Mapping[str, Sequence[CallLayout]]
 """By the name of a module, the layout of each of its calls in a step."""
 
 
@@ -124,7 +124,7 @@ def _look_for_rules(model: nn.Module, names: Iterable[str]) -> tuple[list[Site],
 
 def find_layouts(
     model: nn.Module, names: Iterable[str], run: Callable[[int], Tensor]
-) -> dict[str, list[Layout]]:
+) -> dict[str, list[CallLayout]]:
     """Find where layers have their samples, from runs of two and of three samples.
 
     Args:
@@ -171,11 +171,11 @@ def find_layouts(
     two, three = seen
     if [name for name, _ in two] != [name for name, _ in three]:
         raise FactorError("the model calls other layers for two samples than for three")
-    found: dict[str, list[Layout]] = {}
+    found: dict[str, list[CallLayout]] = {}
     for (name, first), (_, second) in zip(two, three, strict=True):
         output, *inputs = (place_of(a, b) for a, b in zip(first, second, strict=True))
         room = first[0].index(1) if output is None and 1 in first[0] else None
-        found.setdefault(name, []).append(Layout(output, tuple(inputs), room))
+        found.setdefault(name, []).append(CallLayout(output, tuple(inputs), room))
     return found
 
 
@@ -448,13 +448,13 @@ class LiveGradients:
         step.sums[name] = step.sums.get(name, 0) + share.sum(0)
         step.sizes[name] = step.sizes.get(name, 0) + share.abs().sum(0)
 
-    def _layout(self, step: _Step, site: Site, given: list[Tensor], output: Tensor) -> Layout:
+    def _layout(self, step: _Step, site: Site, given: list[Tensor], output: Tensor) -> CallLayout:
         """Where this call has its samples."""
         number = step.calls[site.name]
         step.calls[site.name] += 1
         if self._layouts is None:
             places = [_leading(site, value, step.samples) for value in (output, *given)]
-            return Layout(places[0], tuple(places[1:]))
+            return CallLayout(places[0], tuple(places[1:]))
         known = self._layouts.get(site.name, ())
         layout = known[0] if len(set(known)) == 1 else None
         if layout is None and step.scale is None and number < len(known):

@@ -19,9 +19,10 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from trak_dropout._files import checksum
 from trak_dropout.attribution import split_state
 from trak_dropout.gradients import FactorError
-from trak_dropout.gradients.live import Layout, LiveGradients, NoRuleError, Reduction
+from trak_dropout.gradients.live import CallLayout, LiveGradients, NoRuleError, Reduction
 from trak_dropout.lightning.blocks import BlockWriter, merge, rows_of, same_block, set_aside
 from trak_dropout.lightning.order import Listener, Pass, latest_pass
 from trak_dropout.lightning.position import is_trial, position
@@ -244,7 +245,7 @@ class TrainingRows:
 
     def _try(
         self, trainer: pl.Trainer, module: pl.LightningModule
-    ) -> tuple[Mapping[str, Sequence[Layout]] | None, Reduction]:
+    ) -> tuple[Mapping[str, Sequence[CallLayout]] | None, Reduction]:
         """Learn where layers have their samples, and how the loss is reduced."""
         given: Any = None if self._reduction == "auto" else self._reduction
         shares = self._projector.shares(0, module.device)
@@ -362,6 +363,9 @@ class TrainingRows:
                 not_finite=lost,
                 finished=True,
                 abandoned=False,
+                checksums={
+                    name: checksum(directory / f"{name}.mmap") for name in ("grads", "out_to_loss")
+                },
             )
             if block.earlier is not None:
                 if same_block(block.earlier, directory):

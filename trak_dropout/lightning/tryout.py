@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trak_dropout.attribution import to_device
 from trak_dropout.gradients import FactorError
-from trak_dropout.gradients.live import Layout, Reduction, Shares, check_samples, find_layouts
+from trak_dropout.gradients.live import CallLayout, Reduction, Shares, check_samples, find_layouts
 from trak_dropout.lightning.subject import submodule
 
 _SAMPLES = 3
@@ -31,7 +31,7 @@ def try_training_step(
     shares: Shares,
     names: Sequence[str],
     check: bool,
-) -> tuple[Mapping[str, Sequence[Layout]], Reduction | None]:
+) -> tuple[Mapping[str, Sequence[CallLayout]], Reduction | None]:
     """Learn how a module's layers see a batch, and compare rows with plain autograd.
 
     A copy of the module that knows no Trainer, so that it logs nothing, takes training steps on the
