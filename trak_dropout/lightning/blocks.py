@@ -150,12 +150,29 @@ def merge(directory: Path, ranks: int) -> Visits:
     return together
 
 
-def set_aside(directory: Path) -> Path:
-    """Move a finished block out of the way, and return where it is now."""
+def set_aside(directory: Path, ranks: int) -> tuple[Path | None, bool]:
+    """Move a finished block out of the way, to be collected again.
+
+    Args:
+        directory: the block's directory.
+        ranks: number of processes.
+
+    Returns:
+        Where an earlier block is kept, if there is one, and whether the directory holds what can be
+        gone on with.
+    """
     aside = directory.with_name(f"{directory.name}.earlier")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(directory, aside)
-    return aside
+    if (directory / VISITS).is_file():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(directory, aside)
+        return aside, False
+    begun = all((directory / _visits_part(rank)).is_file() for rank in range(ranks))
+    if aside.is_dir() and not begun:  # killed right after moving it
+        shutil.rmtree(directory, ignore_errors=True)
+        return aside, False
+    # The file that is made last tells whether a killed run came far enough to be gone on with.
+    whole = (directory / "_is_featurized.mmap").is_file()
+    return (aside if aside.is_dir() else None), whole
 
 
 def same_block(first: Path, second: Path) -> bool:

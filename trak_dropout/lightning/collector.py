@@ -391,8 +391,11 @@ class GradientCollector(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Collect what the last checkpoint holds, and the weights at the end."""
+        if self._rows is not None:
+            self._rows.on_train_epoch_end(trainer)
+            return
         self._collect_pending(trainer, pl_module)
-        if "train_end" in self._moments and self._rows is None:
+        if "train_end" in self._moments:
             self._collect(trainer, pl_module, describe_position(trainer), None)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

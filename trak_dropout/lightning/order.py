@@ -86,7 +86,7 @@ class Listener:
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        self._strategy = trainer.strategy
+        self._trainer, self._strategy = trainer, trainer.strategy
         self._process = trainer.strategy.process_dataloader
         self._loaders: list[Any] = []
         self._active = True
@@ -94,7 +94,9 @@ class Listener:
 
     def _ready(self, loader: object) -> object:
         loader = self._process(loader)
-        if self._active and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+        if not (self._active and self._trainer.training and isinstance(loader, DataLoader)):
+            return loader
+        if loader.batch_sampler is not None:
             if not isinstance(loader.batch_sampler, RecordingBatchSampler):
                 _replace(loader, RecordingBatchSampler(loader.batch_sampler))
             self._loaders.append(loader)

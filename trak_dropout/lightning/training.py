@@ -297,18 +297,14 @@ class TrainingRows:
             known = self._saver.manifest["model_ids"]
             ids = [int(m) for m, facts in known.items() if facts.get("epoch") == epoch]
             model_id = ids[-1] if ids else max([-1, *map(int, known)]) + 1
-            directory = self._root / str(model_id)
-            earlier = None
-            if (directory / VISITS).is_file():  # finished, but the run went back behind its end
-                earlier = str(set_aside(directory))
-            again = bool(ids) and earlier is None
+            earlier, again = set_aside(self._root / str(model_id), self._processes.count)
             if not again:
                 self._saver.register_model_id(model_id, True)
             else:
                 self._saver.load_current_store(model_id)
                 self._saver.current_model_id = model_id
             self._saver.describe(model_id, epoch=epoch, mode="training", finished=False)
-            return model_id, earlier, again
+            return model_id, None if earlier is None else str(earlier), again
 
         model_id, earlier, again = self._processes.agree(begin)
         with self._processes.together():
@@ -323,10 +319,11 @@ class TrainingRows:
             self._block = _Block(
                 epoch, model_id, writer, columns, None if earlier is None else Path(earlier)
             )
-            if earlier is not None:
+            if earlier is not None and not again:
                 before = Visits.load(Path(earlier) / VISITS)
                 before = before[(before.rank == rank) & (before.batch <= after)]
                 writer.add(before, rows_of(Path(earlier), before))
+                writer.sync()
             self._live.shares = self._projector.shares(model_id, device)
             self._live.start()
 
