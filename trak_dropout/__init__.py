@@ -23,6 +23,12 @@ from trak_dropout.store import (
     StoreMismatchError,
 )
 from trak_dropout.streaming import self_influence
+from trak_dropout.trajectory import (
+    block_visits,
+    trajectory_influences,
+    trajectory_scores,
+    trajectory_self_influence,
+)
 
 __all__ = [
     "AttributionStore",
@@ -43,10 +49,14 @@ __all__ = [
     "Store",
     "StoreMismatchError",
     "__version__",
+    "block_visits",
     "gradients",
     "metrics",
     "open_store",
     "plugin",
     "self_influence",
     "top_influences",
+    "trajectory_influences",
+    "trajectory_scores",
+    "trajectory_self_influence",
 ]

@@ -13,6 +13,7 @@ import numpy as np
 from trak_dropout._files import checksum
 from trak_dropout.rowfile import IncompleteStoreError
 from trak_dropout.store import FORMAT_VERSION, Store
+from trak_dropout.visits import VISITS, Visits
 
 _ROWS = 4096
 
@@ -170,6 +171,7 @@ def _checkpoint(
     thorough: bool,
 ) -> CheckpointReport:
     directory = store.save_dir / str(model_id)
+    complete = complete or facts.get("finished")  # a block, where not every sample took part
     state = "abandoned" if facts.get("abandoned") else "complete" if complete else "incomplete"
     report = CheckpointReport(model_id, state, 0, _size(directory), facts)
     problems = report.problems
@@ -179,8 +181,9 @@ def _checkpoint(
         report.rows = int(np.count_nonzero(flags))
         if flags.shape != (n,):
             problems.append(f"_is_featurized.mmap has shape {flags.shape} instead of {(n,)}")
-        elif complete and report.rows != n:
-            problems.append(f"it is called complete, but {n - report.rows} rows are missing")
+        elif complete and report.rows != (wanted_rows := facts.get("samples", n)):
+            missing_rows = wanted_rows - report.rows
+            problems.append(f"it is called complete, but {missing_rows} rows are missing")
     except (OSError, ValueError) as error:
         problems.append(f"_is_featurized.mmap cannot be read: {error}")
     if not complete:
@@ -197,6 +200,14 @@ def _checkpoint(
             if found != wanted:
                 wrong = [f"{name}.mmap has CRC-32 {found} instead of {wanted}: it has changed"]
         problems += wrong
+    if facts.get("finished"):
+        try:
+            count = len(Visits.load(directory / VISITS))
+            report.notes.append(f"{count} visits of {report.rows} of {n} samples")
+            if count != facts["visits"]:
+                problems.append(f"{VISITS} has {count} visits instead of {facts['visits']}")
+        except IncompleteStoreError as error:
+            problems.append(str(error))
     for name, about in experiments.items():
         if (directory / f"{name}_grads.mmap").is_file():
             wide = (int(about["num_targets"]), k)

@@ -327,6 +327,29 @@ class DropoutProjector(AbstractProjector):
         self._check_finite(out, result, model_id)
         return result
 
+    def shares(self, model_id: int, device: str | torch.device) -> Shares:
+        """Return the mask cut by parameter, for gradients that come one parameter at a time.
+
+        Args:
+            model_id: the checkpoint that the gradients belong to.
+            device: where they lie.
+
+        Returns:
+            What adds up to `project`.
+
+        Raises:
+            ValueError: the projector does not know the model's parameters, or weighted dropout has
+                not been calibrated.
+        """
+        if self.layout is None:
+            raise ValueError("layout is unknown; use DropoutProjector.from_model")
+        self._projected.add(model_id)
+        shapes = tuple(torch.Size(shape) for shape in self.layout.shapes)
+        device = torch.device(device)
+        plan = _Plan((), self.mask(model_id), shapes, device, self._compute_dtype)
+        kept = {self.layout.names[i]: share for i, share in plan.kept}
+        return Shares(kept, plan.weights, self.proj_dim, device, self._compute_dtype)
+
     def __repr__(self) -> str:
         return (
             f"DropoutProjector(grad_dim={self.grad_dim}, proj_dim={self.proj_dim}, "
@@ -464,6 +487,48 @@ class DropoutProjector(AbstractProjector):
         )
 
 
+class Shares:
+    """The shares of single parameters in compressed gradients; see `DropoutProjector.shares`.
+
+    Args:
+        kept: the kept coordinates of each parameter that has any.
+        weights: of the columns, to be applied at the end; None where they are applied on the way.
+        proj_dim: number of columns.
+        device: where everything lies.
+        dtype: in which sums run.
+    """
+
+    def __init__(
+        self,
+        kept: Mapping[str, _Kept],
+        weights: Tensor | None,
+        proj_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._kept, self._weights = dict(kept), weights
+        self._proj_dim, self._device, self._dtype = proj_dim, device, dtype
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The parameters of which a coordinate is kept."""
+        return frozenset(self._kept)
+
+    def zeros(self, samples: int) -> Tensor:
+        """Compressed gradients to begin with, ``(samples, proj_dim)``."""
+        return torch.zeros(samples, self._proj_dim, dtype=self._dtype, device=self._device)
+
+    def add(self, out: Tensor, name: str, gradient: FactoredGradient | Tensor) -> None:
+        """Add the share of a parameter, ``(B, *shape)``, to ``out``, in place."""
+        kept = self._kept.get(name)
+        if kept is not None:
+            kept.add_to(out, gradient)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """Apply what is left to apply, in place, when every share has been added."""
+        return out if self._weights is None else out.mul_(self._weights)
+
+
 class _Plan:
     """A mask cut into the blocks in which gradients come, its indices on their device."""
 
@@ -516,14 +581,15 @@ class _Kept:
         else:
             taken = block.unsqueeze(1)
         if self.place is not None:
-            out[:, self.place] = taken
+            out[:, self.place] += taken
         else:
             out.index_add_(1, self.columns, taken.to(out.dtype) * self.weights)
 
     def _fold(self, out: Tensor, at: slice, values: Tensor) -> None:
         """Add values ``(b, c)`` of some of the coordinates to their columns of ``out``."""
         if self.place is not None:
-            out[:, self.place][:, at] += values
+            first = self.place.start + (at.start or 0)
+            out[:, first : first + values.shape[1]].add_(values)
         elif values.mT.is_contiguous() and values.shape[1] == len(self.flat):
             if self.bags is None:  # for each column, which coordinates it sums
                 order = torch.argsort(self.columns, stable=True)

@@ -543,9 +543,15 @@ class Store(FeatureFiles):
 
     @property
     def model_ids(self) -> list[int]:
-        """Complete checkpoints, without those that a resumed run went back behind."""
+        """Complete checkpoints, without those that a resumed run went back behind.
+
+        A block that mode ``"training"`` finished counts as complete although samples that took no
+        part in training have no row.
+        """
         known = self.manifest["model_ids"]
-        return [m for m in super().model_ids if not known.get(str(m), {}).get("abandoned")]
+        finished = {int(m) for m, facts in known.items() if facts.get("finished")}
+        found = finished.union(super().model_ids)
+        return sorted(m for m in found if not known.get(str(m), {}).get("abandoned"))
 
     @property
     def manifest(self) -> dict[str, Any]:

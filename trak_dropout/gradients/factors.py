@@ -42,9 +42,11 @@ class Coordinates:
         self.rows = torch.div(flat, max(columns, 1), rounding_mode="floor")
         self.columns = flat - self.rows * columns
         self._pieces: dict[int, list[tuple[int, Coordinates]]] = {}
+        self._count = flat.numel()
+        self.ways: dict[Any, tuple[str, float]] = {}  # chosen before, of products of the same size
 
     def __len__(self) -> int:
-        return len(self.flat)
+        return self._count
 
     @cached_property
     def distinct_rows(self) -> tuple[Tensor, Tensor]:
@@ -137,6 +139,41 @@ class Formed(Factor):
         return _raised(values.reshape(len(values), values.shape[1] if values.ndim > 1 else 1, -1))
 
 
+class Sums(Factor):
+    """Sums over positions, as of a bias; no more of them are made than are asked for.
+
+    Args:
+        values: what to sum, such as output gradients, ``(B, T, columns)``.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is held of each sample."""
+        return (self._values,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._values.nbytes
+
+    def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
+        """Compute coordinates of all samples."""
+        _, positions, columns = self._values.shape
+        held = 8 * (min(len(at), columns) * positions + len(at))
+        for part in _parts(len(self._values), held, budget):
+            if len(at) < columns:
+                yield part, _ALL, _raised(_columns(self._values[part], at.flat)).sum(1)
+            else:
+                yield part, _ALL, self.form(part)[..., 0].index_select(1, at.flat)
+
+    def form(self, part: slice) -> Tensor:
+        """Form the gradients of some samples."""
+        return _raised(self._values[part]).sum(1).unsqueeze(-1)
+
+
 class Products(Factor):
     """A sum of outer products over positions: each gives one value for each row and column.
 
@@ -198,11 +235,15 @@ class Products(Factor):
 
     def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
         """Compute coordinates of all samples in the cheapest way."""
-        costs = self.costs(at)
-        # A way that could not hold a single sample within the budget is not open.
-        ways = [way for way in costs if 8 * (costs[way][1] + len(at)) <= budget]
-        way = min(ways, key=lambda name: costs[name][0], default="gather")
-        parts = _parts(len(self), 8 * (costs[way][1] + len(at)), budget)
+        key = type(self), self.positions, budget
+        if key not in at.ways:
+            costs = self.costs(at)
+            # A way that could not hold a single sample within the budget is not open.
+            ways = [way for way in costs if 8 * (costs[way][1] + len(at)) <= budget]
+            cheapest = min(ways, key=lambda name: costs[name][0], default="gather")
+            at.ways[key] = cheapest, 8 * (costs[cheapest][1] + len(at))
+        way, held = at.ways[key]
+        parts = _parts(len(self), held, budget)
         if way == "gather":
             most = max(1, budget // (8 * (2 * self.positions + 1)))
             for part in parts:
@@ -231,7 +272,7 @@ class Outer(Products):
         self.positions = left.shape[1]
 
     def __len__(self) -> int:
-        return len(self._left)
+        return self._left.shape[0]
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -303,7 +344,7 @@ class Patches(Products):
         return windows.movedim(1, 2 + len(self._kernel))
 
     def __len__(self) -> int:
-        return len(self._left)
+        return self._left.shape[0]
 
     @property
     def parts(self) -> tuple[Tensor, ...]:

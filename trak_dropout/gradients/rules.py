@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trak_dropout.gradients.factors import Factor, Formed, Lookups, Outer, Patches
+from trak_dropout.gradients.factors import Factor, Formed, Lookups, Outer, Patches, Sums
 
 RuleFunction = Callable[[nn.Module, Sequence[Tensor], Tensor], Mapping[str, Factor]]
 
@@ -94,7 +94,7 @@ def _rows(values: Tensor, trailing: int = 1) -> Tensor:
 def linear(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> dict[str, Factor]:
     """``y = x W^T + b``: outer products of output gradients and inputs."""
     rows = _rows(gradient)
-    return {"weight": Outer(rows, _rows(inputs[0])), "bias": Formed(rows.sum(1))}
+    return {"weight": Outer(rows, _rows(inputs[0])), "bias": Sums(rows)}
 
 
 @rule("transformers.pytorch_utils.Conv1D", "weight", "bias")
@@ -103,7 +103,7 @@ def transposed_linear(
 ) -> dict[str, Factor]:
     """``y = x W + b``, as in GPT-2."""
     rows = _rows(gradient)
-    return {"weight": Outer(_rows(inputs[0]), rows), "bias": Formed(rows.sum(1))}
+    return {"weight": Outer(_rows(inputs[0]), rows), "bias": Sums(rows)}
 
 
 @rule(nn.Conv1d, "weight", "bias")
@@ -205,11 +205,18 @@ def group_norm(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) ->
 @rule(nn.BatchNorm2d, "weight", "bias")
 @rule(nn.BatchNorm3d, "weight", "bias")
 def batch_norm(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> dict[str, Factor]:
-    """In evaluation mode running statistics normalize; training mode is refused beforehand."""
+    """In evaluation mode running statistics normalize, in training mode those of the batch.
+
+    With those of the batch, samples do not stay apart; who calls this must know what that means.
+    """
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    values = inputs[0]
-    flat = nn.functional.batch_norm(
-        values.flatten(0, 1), module.running_mean, module.running_var, eps=module.eps
+    values, mean = inputs[0], module.running_mean
+    flat = (
+        nn.functional.batch_norm(values.flatten(0, 1), None, None, training=True, eps=module.eps)
+        if module.training or mean is None
+        else nn.functional.batch_norm(
+            values.flatten(0, 1), mean, module.running_var, eps=module.eps
+        )
     )
     return _by_channel(torch.unflatten(flat, 0, values.shape[:2]), gradient)
 

@@ -9,10 +9,10 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -21,7 +21,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trak.modelout_functions import AbstractModelOutput
 
@@ -50,6 +50,7 @@ from trak_dropout.lightning.subject import (
     submodule_weights,
 )
 from trak_dropout.lightning.targets import check_targets, target_loaders
+from trak_dropout.lightning.training import TrainingRows
 from trak_dropout.lightning.undisturbed import differs, undisturbed
 from trak_dropout.masks import DEFAULT_FOLD, check_scheme
 from trak_dropout.outputs import resolve_task, task_name
@@ -95,7 +96,8 @@ class GradientCollector(pl.Callback):
         proj_dim: number of columns of the compressed gradients.
         seed: seed of the masks.
         proj_type: the scheme, as for `DropoutProjector`.
-        fold: coordinates summed into each column, as for `DropoutProjector`.
+        fold: coordinates summed into each column, as for `DropoutProjector`; its default when
+            None, and 1 in mode ``"training"``, where more would slow down every step.
         grad_wrt: names of the parameters to take gradients of, or patterns such as
             ``"encoder.*.weight"``; all when None.
         when: one or several of ``"epoch"``, at the end of every ``every_n_epochs``-th epoch, before
@@ -131,6 +133,15 @@ class GradientCollector(pl.Callback):
             were collected with it, too.
         augmentation_seed: where random augmentations start from, the same in every collection;
             ``seed`` when None.
+        mode: ``"checkpoint"`` for passes over the training data at the weights of that moment;
+            ``"training"`` for rows from the training backward itself, one for each sample of each
+            batch at the weights of that very step, in a block for each epoch. There, rows are minus
+            the gradient of the training loss (see docs/training_mode), and ``when`` and what else
+            concerns passes has no meaning.
+        reduction: in mode ``"training"``, whether the training loss is the mean or the sum of the
+            samples' losses; ``"auto"`` finds out.
+        self_check: in mode ``"training"``, compare rows with plain autograd on single samples
+            before training begins, and their sums with the weights' gradients now and then.
         log: log ``collector/samples_per_second`` and ``collector/share_of_time`` after each
             collection to the Trainer's loggers.
 
@@ -145,7 +156,7 @@ class GradientCollector(pl.Callback):
         proj_dim: int = 4096,
         seed: int = 0,
         proj_type: str = "dropout",
-        fold: int = DEFAULT_FOLD,
+        fold: int | None = None,
         grad_wrt: str | list[str] | None = None,
         when: str | list[str] | None = None,
         every_n_epochs: int = 1,
@@ -165,9 +176,34 @@ class GradientCollector(pl.Callback):
         drop_deleted: bool = False,
         augmentation_seed: int | None = None,
         log: bool = True,
+        mode: Literal["checkpoint", "training"] = "checkpoint",
+        reduction: Literal["auto", "mean", "sum"] = "auto",
+        self_check: bool = True,
     ) -> None:
         super().__init__()
         try:
+            if mode not in ("checkpoint", "training"):
+                raise ValueError(f"mode must be 'checkpoint' or 'training', got {mode!r}")
+            if reduction not in ("auto", "mean", "sum"):
+                raise ValueError(f"reduction must be 'auto', 'mean' or 'sum', got {reduction!r}")
+            fold = (DEFAULT_FOLD if mode == "checkpoint" else 1) if fold is None else fold
+            if mode == "training":
+                meant_for_passes = {
+                    "when": when,
+                    "every_n_train_steps": every_n_train_steps,
+                    "batch_size": batch_size,
+                    "dataloader": dataloader,
+                    "train_set_size": train_set_size,
+                    "indices": indices,
+                    "targets": targets,
+                    "use_half_precision": use_half_precision or None,
+                }
+                refused = [name for name, value in meant_for_passes.items() if value is not None]
+                if refused:
+                    raise ValueError(
+                        f"{', '.join(refused)} cannot be used with mode='training', which takes "
+                        "rows of float32 from the training batches as they come"
+                    )
             self._output = None if task == OWN_LOSS else resolve_task(task)
             check_scheme(proj_type)
             check_integer("proj_dim", proj_dim, minimum=1)
@@ -220,6 +256,9 @@ class GradientCollector(pl.Callback):
         self.drop_deleted = drop_deleted
         self.augmentation_seed = seed if augmentation_seed is None else augmentation_seed
         self.log_metrics = log
+        self.mode = mode
+        self.reduction = reduction
+        self.self_check = self_check
         self.collect_seconds = 0.0
         self._run = uuid.uuid4().hex
         self._started = 0.0
@@ -230,6 +269,11 @@ class GradientCollector(pl.Callback):
         self._lock: StoreLock | None = None
         self._observer: ObservedCheckpointIO | None = None
         self._module: pl.LightningModule | None = None
+        self._rows: TrainingRows | None = None
+        if mode == "training":
+            self._rows = TrainingRows(
+                self._projector, model, grad_wrt, reduction, self_check=self_check
+            )
 
     # --- hooks -----------------------------------------------------------------------------
 
@@ -255,6 +299,9 @@ class GradientCollector(pl.Callback):
         if stage != "fit":
             return
         check_strategy(trainer)
+        if self._rows is not None:
+            self._rows.setup(trainer, pl_module)
+            return
         heard = [c for c in trainer.checkpoint_callbacks if not getattr(c, "save_weights_only", 0)]
         if "checkpoint" in self._moments and not heard and not is_trial(trainer):
             rank_zero_warn(
@@ -266,6 +313,9 @@ class GradientCollector(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check data, model and store, and try one batch, before the first training step."""
+        if self._rows is not None:
+            self._open_training(trainer, pl_module, self._rows)
+            return
         self._open(trainer, pl_module)
         self._finish_interrupted(trainer, pl_module)
 
@@ -280,13 +330,16 @@ class GradientCollector(pl.Callback):
         """Collect after every n-th optimizer step."""
         step, last = trainer.global_step, self._last_step
         self._last_step = step
-        if "step" in self._moments:
+        if "step" in self._moments and self._rows is None:
             assert self.every_n_train_steps is not None
             if step // self.every_n_train_steps > last // self.every_n_train_steps:
                 self._collect(trainer, pl_module, describe_position(trainer), None)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Collect at the end of every n-th epoch."""
+        if self._rows is not None:
+            self._rows.on_train_epoch_end(trainer)
+            return
         self._collect_pending(trainer, pl_module)
         if "epoch" in self._moments and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._collect(trainer, pl_module, describe_position(trainer), None)
@@ -300,14 +353,38 @@ class GradientCollector(pl.Callback):
         their weights into the checkpoint (averaged ones, for example). No training step lies
         between.
         """
-        if "checkpoint" in self._moments and trainer.training | trainer.validating:
+        if self._rows is not None:
+            self._rows.on_save_checkpoint()
+        elif "checkpoint" in self._moments and trainer.training | trainer.validating:
             self._pending = (describe_position(trainer), checkpoint)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Collect what the last batch's checkpoint holds."""
+        if self._rows is not None:
+            self._rows.on_train_batch_start(trainer, pl_module, batch_idx)
+            return
         self._collect_pending(trainer, pl_module)
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """In mode ``"training"``, expect the gradients of the batch."""
+        if self._rows is not None:
+            self._rows.on_before_backward(trainer, loss)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In mode ``"training"``, take the rows of the batch."""
+        if self._rows is not None:
+            self._rows.on_after_backward(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+    ) -> None:
+        """In mode ``"training"``, note the learning rate."""
+        if self._rows is not None:
+            self._rows.on_before_optimizer_step(optimizer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Collect what the last epoch's checkpoint holds."""
@@ -315,12 +392,17 @@ class GradientCollector(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Collect what the last checkpoint holds, and the weights at the end."""
+        if self._rows is not None:
+            self._rows.on_train_epoch_end(trainer)
+            return
         self._collect_pending(trainer, pl_module)
         if "train_end" in self._moments:
             self._collect(trainer, pl_module, describe_position(trainer), None)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Collect a checkpoint saved at the very end; say so if nothing was collected at all."""
+        if self._rows is not None:
+            return
         if self._collection is None and position(trainer) and not is_trial(trainer):
             # A run that was killed after its last epoch does not start to train again.
             self._open(trainer, pl_module)
@@ -468,7 +550,26 @@ class GradientCollector(pl.Callback):
             self._collection.abandon_after(position(trainer))
             self._observer = observe_checkpoints(trainer, self._on_saving, self._on_removing)
 
+    def _open_training(
+        self, trainer: pl.Trainer, module: pl.LightningModule, rows: TrainingRows
+    ) -> None:
+        """Mode ``"training"``: check, try a step, and claim the store."""
+        self._module, processes = module, Processes(trainer)
+        if self.task == OWN_LOSS:
+            self._output = own_loss(module)
+        weights, transient = split_state(submodule(module, self.model))
+        check_storable(weights | transient)
+        need = sum(tensor.nbytes for tensor in weights.values())
+
+        def claim(projector: DropoutProjector, size: int) -> ManifestSaver:
+            return self._claim(position(trainer) > 0, projector, size, need)
+
+        rows.on_train_start(trainer, module, self.save_dir, claim, processes)
+        self._run = processes.agree(lambda: self._run)
+
     def _close(self, trainer: pl.Trainer) -> None:
+        if self._rows is not None:
+            self._rows.stop()
         if self._observer is not None:
             self._observer.stop(trainer)
         if self._lock is not None:
@@ -489,16 +590,21 @@ class GradientCollector(pl.Callback):
     ) -> Featurizer:
         assert self._output is not None
         names = parameter_names(model, self.grad_wrt)
-        projector = DropoutProjector.from_model(
+        projector = self._projector(model, names, proj_type)
+        return Featurizer(model, self._output, projector, names)
+
+    def _projector(
+        self, model: nn.Module, names: Sequence[str] | None, proj_type: str | None = None
+    ) -> DropoutProjector:
+        return DropoutProjector.from_model(
             model,
             self.proj_dim,
             self.seed,
-            proj_type,
-            module.device,
+            proj_type or self.proj_type,
+            next(model.parameters()).device,
             grad_wrt=names,
             fold=self.fold,
         )
-        return Featurizer(model, self._output, projector, names)
 
     def _claim(
         self, resumed: bool, projector: DropoutProjector, size: int, weight_bytes: int
@@ -539,7 +645,11 @@ class GradientCollector(pl.Callback):
             projector=projector,
             task=task_name(self._output if self.task == OWN_LOSS else self.task),
         )
-        subject = {"model": self.model, "indices": _digest(self.indices)}
+        subject = {
+            "mode": "training" if self.mode == "training" else None,
+            "model": self.model,
+            "indices": _digest(self.indices),
+        }
         known = saver.manifest["run"]
         for name, value in subject.items():
             if "id" in known and known.get(name) != value:

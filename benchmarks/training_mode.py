@@ -1,0 +1,227 @@
+"""What mode "training" adds to an epoch: paired epochs with and without, interleaved.
+
+Two Trainers, one with the collector and one without, fit the same model on the same data, and take
+turns: an epoch of one, an epoch of the other. The figure is the median of the ratios of paired
+epochs. (What the first epoch of a fit does once is not in it; it is told apart.)
+
+    python benchmarks/training_mode.py
+    python benchmarks/training_mode.py --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from featurize import ResNet9, cross_entropy, mlp, neox, next_token
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from trak_dropout.lightning import GradientCollector
+
+
+class Module(pl.LightningModule):
+    """A model, its loss, and Adam."""
+
+    def __init__(self, model: nn.Module, loss: Any) -> None:
+        super().__init__()
+        self.model, self.loss_of = model, loss
+
+    def forward(self, *batch: Tensor) -> Any:
+        """Call the model."""
+        return self.model(*batch)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Compute the loss."""
+        return self.loss_of(self.model, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Train with Adam."""
+        return torch.optim.Adam(self.parameters(), 1e-4)
+
+
+def images(count: int, channels: int, side: int) -> TensorDataset:
+    """Random images and labels."""
+    return TensorDataset(torch.randn(count, channels, side, side), torch.randint(10, (count,)))
+
+
+def sentences(count: int, length: int, vocabulary: int) -> TensorDataset:
+    """Random sequences."""
+    return TensorDataset(torch.randint(vocabulary, (count, length)))
+
+
+# Model, loss, data for a number of batches, and batch size.
+SETTINGS: dict[str, Any] = {
+    "mlp": (mlp, cross_entropy, lambda n: images(64 * n, 1, 28), 64),
+    "resnet9": (ResNet9, cross_entropy, lambda n: images(32 * n, 3, 32), 32),
+    "gpt-neox-10m": (neox(320, 8, 8, 512), next_token, lambda n: sentences(16 * n, 64, 512), 16),
+}
+BATCHES = {"mlp": 200, "resnet9": 8, "gpt-neox-10m": 8}
+
+
+class Turns(pl.Callback):
+    """Lets fits in several threads go on one epoch at a time, and times the epochs.
+
+    Args:
+        name: of this fit.
+        order: names of all fits; they take turns in this order.
+        state: shared by all: whose turn it is, and the seconds of each epoch.
+    """
+
+    def __init__(self, name: str, order: list[str], state: dict[str, Any]) -> None:
+        self.name, self.order, self.state = name, order, state
+
+    def _wait(self) -> None:
+        with self.state["changed"]:
+            self.state["changed"].wait_for(lambda: self.state["turn"] == self.name)
+
+    def _pass_on(self) -> None:
+        following = self.order[(self.order.index(self.name) + 1) % len(self.order)]
+        with self.state["changed"]:
+            self.state["turn"] = following
+            self.state["changed"].notify_all()
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Begin when it is this fit's turn."""
+        self._wait()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Begin to measure."""
+        _synchronize(pl_module)
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Take the time, and let another fit run an epoch."""
+        _synchronize(pl_module)
+        self.state["seconds"][self.name].append(time.perf_counter() - self.started)
+        self._pass_on()
+        self._wait()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Leave the rest to the others."""
+        self._pass_on()
+
+
+def _synchronize(module: pl.LightningModule) -> None:
+    if module.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(setting: str, k: int, scheme: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Time paired epochs of a setting."""
+    build, loss, data, batch_size = SETTINGS[setting]
+    torch.manual_seed(0)
+    dataset = data(options.batches or BATCHES[setting])
+    names = ["plain", "collected"]
+    state: dict[str, Any] = {
+        "changed": threading.Condition(),
+        "turn": "plain",
+        "seconds": {name: [] for name in names},
+    }
+    failures: list[BaseException] = []
+
+    def fit(name: str, folder: str) -> None:
+        try:
+            torch.manual_seed(0)
+            module = Module(build(), loss)
+            # The collector's epoch end lies before that of the turns, so that it is measured.
+            callbacks: list[Any] = [Turns(name, names, state)]
+            if name == "collected":
+                collector = GradientCollector(folder, proj_dim=k, proj_type=scheme, mode="training")
+                callbacks.insert(0, collector)
+            pl.Trainer(
+                max_epochs=options.epochs + 1,
+                accelerator="gpu" if options.device != "cpu" else "cpu",
+                devices=1,
+                precision=options.precision,
+                logger=False,
+                callbacks=callbacks,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            ).fit(module, DataLoader(dataset, batch_size, shuffle=True))
+        except BaseException as error:
+            failures.append(error)
+            with state["changed"]:
+                state["turn"] = names[1 - names.index(name)]
+                state["changed"].notify_all()
+            raise
+
+    with tempfile.TemporaryDirectory() as folder:
+        threads = [threading.Thread(target=fit, args=(name, folder)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+    plain, collected = (state["seconds"][name][1:] for name in names)
+    ratios = [ours / theirs for ours, theirs in zip(collected, plain, strict=True)]
+    return {
+        "setting": setting,
+        "scheme": scheme,
+        "k": k,
+        "plain_seconds": statistics.median(plain),
+        "collected_seconds": statistics.median(collected),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "ratio_of_fastest": min(collected) / min(plain),
+        "epochs": len(ratios),
+        "batches": len(dataset) // batch_size,
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--k", nargs="+", type=int, default=[256, 1024])
+    parser.add_argument("--schemes", nargs="+", default=["dropout", "unit_dropout"])
+    parser.add_argument("--epochs", type=int, default=15, help="pairs that count")
+    parser.add_argument("--batches", type=int, help="in an epoch, when not the default")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "training_mode.json"
+    )
+    options = parser.parse_args()
+    rows = []
+    print(
+        f"{'setting':14} {'scheme':14} {'k':>6} {'plain s':>9} {'ratio':>7} {'from':>7} {'to':>7}"
+    )
+    for setting in options.settings:
+        for scheme in options.schemes:
+            for k in options.k:
+                row = measure(setting, k, scheme, options)
+                rows.append(row)
+                print(
+                    f"{setting:14} {scheme:14} {k:6} {row['plain_seconds']:9.2f} "
+                    f"{row['ratio']:7.3f} {row['lowest']:7.3f} {row['highest']:7.3f}",
+                    flush=True,
+                )
+    machine = {
+        "device": options.device,
+        "precision": options.precision,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
+    print(f"\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,447 @@
+"""Mode "training": rows are gradients at the weights of their very step, training is untouched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from cases import Classifier, digits, train_set, trainer
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+import trak_dropout as td
+from trak_dropout.inspection import inspect_store
+from trak_dropout.lightning import GradientCollector
+from trak_dropout.lightning.order import RecordingBatchSampler
+from trak_dropout.visits import IN_PLACE, NOT_STORED
+
+N = 75  # divides neither by the batch size nor by two processes
+
+
+def net() -> nn.Module:
+    """No dropout and no batch statistics, so that a sample alone has the same gradient."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.GroupNorm(2, 4), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(36, 10),
+    )  # fmt: skip
+
+
+def restless_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.3),
+        nn.Flatten(), nn.Linear(36, 10),
+    )  # fmt: skip
+
+
+class Stepper(Classifier):
+    """A learning rate that changes with every step, and a loss as one likes."""
+
+    def __init__(self, model: nn.Module, reduction: str = "mean") -> None:
+        super().__init__(model)
+        self.reduction = reduction
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1], reduction=self.reduction)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Watcher(pl.Callback):
+    """Keeps weights and data indices of every batch: the data set's samples are told apart."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.batches: list[Any] = []
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, _: int) -> None:
+        self.weights.append({n: w.detach().clone() for n, w in pl_module.state_dict().items()})
+        self.batches.append(batch)
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def dataset(n: int = N) -> TensorDataset:
+    return train_set(n)
+
+
+def collector(path: Path, **options: Any) -> GradientCollector:
+    return GradientCollector(path, **{"proj_dim": 200, "mode": "training", **options})
+
+
+def fit(
+    build: Callable[[], nn.Module],
+    callbacks: list[Any],
+    loader: dict[str, Any] | None = None,
+    **options: Any,
+) -> Stepper:
+    pl.seed_everything(1, verbose=False)
+    module = Stepper(build(), options.pop("reduction", "mean"))
+    data = DataLoader(dataset(), **{"batch_size": 16, "shuffle": True, **(loader or {})})
+    trainer(callbacks=callbacks, **options).fit(module, data)
+    return module
+
+
+def expected_row(
+    model: nn.Module, projector: td.DropoutProjector, model_id: int, index: int
+) -> Tensor:
+    """The oracle: plain autograd on the sample by itself, in float64."""
+    images, labels = digits()
+    loss = nn.functional.cross_entropy(
+        model(images[index : index + 1].double()), labels[index : index + 1]
+    )
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    named = zip((name for name, _ in model.named_parameters()), grads, strict=True)
+    row = projector.project({f"net.{n}": g.unsqueeze(0) for n, g in named}, model_id)[0]
+    return -row / math.sqrt(projector.grad_dim)
+
+
+def check_rows(path: Path, watcher: Watcher, tolerance: float, ranks: int = 1) -> None:
+    store = td.open_store(path)
+    projector = store.projector()
+    model = net().double()
+    for model_id in store.model_ids:
+        visits, grads = td.block_visits(store, model_id), store.grads(model_id)
+        repeats = path / str(model_id) / "repeats.npy"
+        further = np.load(repeats) if repeats.is_file() else None
+        for i in range(len(visits)):
+            weights = watcher.weights[visits.batch[i] - 1]
+            model.load_state_dict({n.removeprefix("net."): w for n, w in weights.items()})
+            row = expected_row(model, projector, model_id, int(visits.index[i]))
+            place = visits.place[i]
+            found = grads[visits.index[i]] if place == IN_PLACE else further[place]
+            error = float((torch.from_numpy(np.array(found)) - row).abs().max())
+            assert error <= tolerance * float(row.abs().max())
+
+
+SCALER = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 1024.0))]}
+
+
+@pytest.mark.parametrize(
+    ("options", "loader", "settings", "tolerance"),
+    [
+        ({}, {}, {}, 1e-5),
+        ({"precision": "64-true"}, {}, {}, 1e-6),
+        ({"accumulate_grad_batches": 3}, {"num_workers": 2}, {"fold": 3}, 1e-5),
+        ({"reduction": "sum"}, {"drop_last": True}, {"proj_type": "unit_dropout"}, 1e-5),
+        (SCALER, {}, {}, 0.02),
+        ({"precision": "bf16-mixed"}, {"shuffle": False}, {}, 0.15),
+        ({"limit_train_batches": 3}, {"num_workers": 1, "persistent_workers": True}, {}, 1e-5),
+    ],
+)
+def test_rows_are_micro_batch_gradients_of_their_step(
+    tmp_path: Path, options: Any, loader: Any, settings: Any, tolerance: float
+) -> None:
+    watcher = Watcher()
+    if options is SCALER:  # a scaler has a state
+        options = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
+    fit(net, [watcher, collector(tmp_path, **settings)], loader, **options)
+    check_rows(tmp_path, watcher, tolerance)
+    store = td.open_store(tmp_path)
+    assert store.model_ids == [0, 1]
+    accumulated = options.get("accumulate_grad_batches", 1)
+    for model_id in store.model_ids:
+        visits = td.block_visits(store, model_id)
+        images = dataset()[:][0]
+        counts = [len(batch[0]) for batch in watcher.batches]
+        for number in np.unique(visits.batch):
+            mine = visits.index[visits.batch == number]
+            assert torch.equal(images[mine].float(), watcher.batches[number - 1][0].float())
+            last = min(-(-number // accumulated) * accumulated, 5 * (model_id + 1)) - 1
+            if accumulated == 1:
+                last = number - 1
+                rate = visits.learning_rate[visits.batch == number]
+                assert np.all(rate == watcher.rates[last])
+            share = visits.share[visits.batch == number]
+            size = counts[number - 1] if options.get("reduction") != "sum" else 1
+            assert np.allclose(share, 1 / (size * accumulated), rtol=1e-12)
+        assert len(np.unique(visits.index)) == len(visits)
+        seen = np.load(tmp_path / str(model_id) / "_is_featurized.mmap").astype(bool)
+        assert set(np.flatnonzero(seen)) == set(visits.index)
+
+
+def test_learning_rates_are_those_of_the_step_of_a_window(tmp_path: Path) -> None:
+    """Two batches to a step: both get the rate that the optimizer used."""
+    used: list[float] = []
+
+    class Note(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            used.append(optimizer.param_groups[0]["lr"])
+
+    fit(net, [Note(), collector(tmp_path)], accumulate_grad_batches=2, max_epochs=1)
+    visits = td.block_visits(td.open_store(tmp_path), 0)
+    rates = [float(visits.learning_rate[visits.batch == b][0, 0]) for b in (1, 2, 3, 4, 5)]
+    assert rates == [used[0], used[0], used[1], used[1], used[2]]
+    assert [int(visits.step[visits.batch == b][0]) for b in (1, 2, 3, 4, 5)] == [0, 0, 1, 1, 2]
+
+
+def test_samples_that_come_again_keep_all_their_rows(tmp_path: Path) -> None:
+    watcher = Watcher()
+    sampler = WeightedRandomSampler(torch.linspace(0.1, 1, N).tolist(), 2 * N)
+    fit(net, [watcher, collector(tmp_path)], {"sampler": sampler, "shuffle": False})
+    check_rows(tmp_path, watcher, 1e-5)
+    visits = td.block_visits(td.open_store(tmp_path), 1)
+    assert len(visits) == 2 * N
+    assert (visits.place >= 0).sum() == 2 * N - len(np.unique(visits.index))
+
+
+def weights_and_chance(module: nn.Module) -> list[Tensor]:
+    return [*module.state_dict().values(), torch.rand(3)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_is_the_same_to_the_bit(tmp_path: Path, workers: int) -> None:
+    loader = {"num_workers": workers, "persistent_workers": bool(workers)}
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+    plain = weights_and_chance(fit(restless_net, [], loader, **options))
+    collected = fit(restless_net, [collector(tmp_path)], loader, **options)
+    assert all(map(torch.equal, plain, weights_and_chance(collected)))
+    assert td.open_store(tmp_path).manifest["run"]["batch_statistics"] == ["net.1"]
+
+
+class BrokenOffError(Exception):
+    pass
+
+
+class Interrupt(pl.Callback):
+    """Saves a checkpoint after a batch, and fails some batches later."""
+
+    def __init__(self, path: Path, save_at: int, fail_at: int) -> None:
+        self.path, self.save_at, self.fail_at = path, save_at, fail_at
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        batches = trainer.fit_loop.total_batch_idx + 1
+        if batches == self.save_at:
+            trainer.save_checkpoint(self.path)
+        if batches == self.fail_at:
+            raise BrokenOffError
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    kept = ("grads.mmap", "out_to_loss.mmap", "_is_featurized.mmap", "visits.safetensors")
+    kept = (*kept, "weights.safetensors", "repeats.npy")
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name in kept
+    }
+
+
+def calm_net() -> nn.Module:
+    """Batch statistics, but no dropout: a resumed run draws other random numbers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10)
+    )
+
+
+@pytest.mark.parametrize(("save_at", "fail_at"), [(5, 7), (10, 13), (5, 12), (10, 11)])
+def test_an_interrupted_run_ends_like_an_undisturbed_one(
+    tmp_path: Path, save_at: int, fail_at: int
+) -> None:
+    """Going back to the end of an epoch, also behind blocks that were finished already."""
+    order = {"shuffle": False}
+    whole = fit(calm_net, [collector(tmp_path / "whole")], order, max_epochs=3)
+    checkpoint, broken = tmp_path / "at.ckpt", tmp_path / "broken"
+    breaking = [Interrupt(checkpoint, save_at, fail_at), collector(broken)]
+    with pytest.raises(BrokenOffError):
+        fit(calm_net, breaking, order, max_epochs=3)
+    module = Stepper(calm_net())
+    resumed = trainer(callbacks=[collector(broken)], max_epochs=3)
+    resumed.fit(module, DataLoader(dataset(), 16), ckpt_path=checkpoint)
+    assert all(map(torch.equal, whole.state_dict().values(), module.state_dict().values()))
+    assert files_of(tmp_path / "whole") == files_of(broken)
+    assert not list(broken.rglob("*.earlier"))
+    assert td.open_store(broken).model_ids == [0, 1, 2]
+
+
+def test_within_an_epoch_what_was_seen_before_is_kept(tmp_path: Path) -> None:
+    """Resumed within an epoch, the loader begins anew; rows from before stay."""
+    checkpoint, watcher = tmp_path / "at.ckpt", Watcher()
+    breaking = [watcher, Interrupt(checkpoint, 7, 9), collector(tmp_path / "store")]
+    with pytest.raises(BrokenOffError):
+        fit(net, breaking, max_epochs=3)
+    del watcher.weights[7:]
+    module = Stepper(net())
+    resumed = trainer(callbacks=[watcher, collector(tmp_path / "store")], max_epochs=3)
+    resumed.fit(module, DataLoader(dataset(), 16, shuffle=True), ckpt_path=checkpoint)
+    check_rows(tmp_path / "store", watcher, 1e-5)
+    visits = td.block_visits(td.open_store(tmp_path / "store"), 1)
+    assert sorted(set(visits.batch)) == list(range(6, 11))
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    module, data = Stepper(net()), DataLoader(dataset(), 16)
+    before = data.batch_sampler
+
+    class Fail(pl.Callback):
+        def on_after_backward(self, *_: Any) -> None:
+            assert isinstance(data.batch_sampler, RecordingBatchSampler)
+            assert any(part._forward_hooks for part in module.modules())
+            raise BrokenOffError
+
+    fitted = trainer(callbacks=[Fail(), collector(tmp_path)])
+    with pytest.raises(BrokenOffError):
+        fitted.fit(module, data)
+    assert data.batch_sampler is before
+    assert not any(part._forward_hooks for part in module.modules())
+    assert not any(weight._backward_hooks for weight in module.parameters())
+    assert "process_dataloader" not in vars(fitted.strategy)
+
+
+def test_blocks_are_inspected_and_verified(tmp_path: Path) -> None:
+    fit(net, [collector(tmp_path)], {"drop_last": True}, max_epochs=1)
+    report = inspect_store(tmp_path, thorough=True)
+    (block,) = report.checkpoints
+    assert (block.state, block.rows, block.problems) == ("complete", 64, [])
+    assert "64 visits of 64 of 75 samples" in block.notes
+    file = tmp_path / "0" / "visits.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    (block,) = inspect_store(tmp_path).checkpoints
+    assert "damaged" in block.problems[0]
+
+
+def test_a_trial_run_leaves_no_store(tmp_path: Path) -> None:
+    fit(net, [collector(tmp_path / "store")], fast_dev_run=True)
+    assert not (tmp_path / "store").exists()
+
+
+class Manual(Stepper):
+    automatic_optimization = property(lambda self: False, lambda self, value: None)
+
+
+class Contrastive(Stepper):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        out = self(batch[0])
+        return (out @ out.T).logsumexp(1).mean()
+
+
+class Attending(Stepper):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten())
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.view(-1, 8, 8)
+        return self.head(self.attend(x, x, x)[0].flatten(1))
+
+
+class Quasi(Stepper):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "words"),
+    [
+        (lambda: Manual(net()), {}, "automatic optimization"),
+        (lambda: torch.compile(Stepper(net())), {}, "torch.compile"),
+        (lambda: Contrastive(net()), {}, "depends on others"),
+        (Attending, {}, r"attend.in_proj_weight \(MultiheadAttention\).*grad_wrt=\['head.weight'"),
+        (lambda: Stepper(net()), {"proj_type": "weighted_dropout"}, "weighted_dropout"),
+        (lambda: Stepper(net()), {"reduction": "sum"}, "is the mean"),
+        (lambda: Quasi(net()), {}, "one backward"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(
+    tmp_path: Path, module: Any, options: Any, words: str
+) -> None:
+    with pytest.raises(MisconfigurationException, match=words):
+        trainer(callbacks=[collector(tmp_path, **options)]).fit(module(), DataLoader(dataset(), 16))
+
+
+def test_options_of_the_other_mode_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="when, targets cannot be used"):
+        collector(tmp_path, when="epoch", targets="val")
+    with pytest.raises(MisconfigurationException, match="mode"):
+        collector(tmp_path, mode="live")
+
+
+def test_parameters_may_be_left_out_by_name(tmp_path: Path) -> None:
+    trainer(max_epochs=1, callbacks=[collector(tmp_path, grad_wrt="head.*")]).fit(
+        Attending(), DataLoader(dataset(), 16)
+    )
+    parameters = td.open_store(tmp_path).settings.parameters
+    assert [name for name, _ in parameters] == ["head.weight", "head.bias"]
+
+
+def test_losses_where_samples_meet_are_taken_when_asked_for(tmp_path: Path) -> None:
+    asked = collector(tmp_path, self_check=False)
+    trainer(max_epochs=1, callbacks=[asked]).fit(Contrastive(net()), DataLoader(dataset(), 16))
+    assert asked.model_ids == [0]
+
+
+def test_gradients_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
+    class Spoiled(Stepper):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * (float("nan") if batch_idx == 2 and self.trainer.max_epochs else 1)
+
+        def on_before_optimizer_step(self, _: Any) -> None:
+            for weight in self.parameters():
+                weight.grad.nan_to_num_(0.0)
+
+    with pytest.warns(UserWarning, match="16 training samples of epoch 0 were NaN"):
+        trainer(max_epochs=1, callbacks=[collector(tmp_path)]).fit(
+            Spoiled(net()), DataLoader(dataset(), 16)
+        )
+    store = td.open_store(tmp_path)
+    visits = td.block_visits(store, 0)
+    assert set(visits.index[visits.place == NOT_STORED]) == set(range(32, 48))
+    assert not store.grads(0)[32:48].any()
+    assert store.describe(0)["not_finite"] == 16
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork"])
+def test_two_processes(tmp_path: Path, strategy: str) -> None:
+    options = {"strategy": strategy, "devices": 2, "max_epochs": 2}
+    plain = fit(restless_net, [], **options)
+    collected = fit(restless_net, [collector(tmp_path / "two")], **options)
+    assert all(map(torch.equal, plain.state_dict().values(), collected.state_dict().values()))
+
+    # Without batch statistics, one process with batches of twice the size does the same steps,
+    # but for the last batch, where the sampler fills up with a sample that comes again.
+    fit(net, [collector(tmp_path / "pair")], {"batch_size": 8}, **options)
+    pl.seed_everything(1, verbose=False)
+    store = td.open_store(tmp_path / "pair")
+    visits = td.block_visits(store, 0)
+    assert store.model_ids == [0, 1]
+    assert len(visits) == N + 1
+    assert len(np.unique(visits.index)) == N
+    assert (visits.place >= 0).sum() == 1
+    assert sorted(np.bincount(visits.rank)) == [38, 38]
+    assert np.all(visits.share[visits.batch == 1] == 1 / 16)
+    assert not list((tmp_path / "pair").rglob("*.part"))
+    weights = net()
+    pl.seed_everything(1, verbose=False)
+    start = Stepper(net())
+    weights.load_state_dict(start.net.state_dict())
+    model, projector = weights.double(), store.projector()
+    # By hand: the steps that both processes take together.
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    images, labels = digits()
+    for number in range(1, 6):
+        batch = visits.index[visits.batch == number]
+        for index in batch:
+            place = visits.place[(visits.batch == number) & (visits.index == index)][0]
+            if place == IN_PLACE:
+                row = expected_row(model, projector, 0, int(index))
+                found = torch.from_numpy(np.array(store.grads(0)[index]))
+                assert float((found - row).abs().max()) <= 1e-4 * float(row.abs().max())
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images[batch].double()), labels[batch]).backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9

@@ -1,0 +1,224 @@
+"""Writing the rows of an epoch as its samples come."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trak_dropout.visits import IN_PLACE, NOT_STORED, REPEATS, VISITS, Visits
+
+Rows = NDArray[np.float32]
+
+
+class BlockWriter:
+    """Writes one process's rows of a block.
+
+    The first process writes into the store's own file, the others into files beside it, which
+    `merge` brings together. Plain writes instead of a memory map: a full disk is an error then and
+    not a signal that kills the process, and written pages do not count as its memory.
+
+    Args:
+        directory: the block's directory.
+        size: number of samples of the data set.
+        columns: of the rows.
+        rank: the process.
+        kept: visits that a resumed run keeps, all others are forgotten; None for a new block.
+    """
+
+    def __init__(
+        self, directory: Path, size: int, columns: int, rank: int, kept: Visits | None = None
+    ) -> None:
+        self._directory, self._rank, self._stride = directory, rank, 4 * columns
+        self._seen = np.zeros(size, bool)
+        self._parts: list[Visits] = []
+        path = _rows_file(directory, rank)
+        if kept is None or not path.is_file():
+            if rank:
+                np.lib.format.open_memmap(path, "w+", np.float32, (size, columns))
+            _repeats_part(directory, rank).unlink(missing_ok=True)
+            (directory / _visits_part(rank)).unlink(missing_ok=True)
+        self._offset: int = np.load(path, mmap_mode="r").offset
+        self._file = os.open(path, os.O_RDWR)
+        self._again = os.open(_repeats_part(directory, rank), os.O_RDWR | os.O_CREAT)
+        self._repeats = 0
+        if kept is not None:
+            self._parts = [kept]
+            self._seen[kept.index[kept.place == IN_PLACE]] = True
+            self._repeats = int((kept.place >= 0).sum())
+            for index in np.flatnonzero(~self._seen):  # what came after the point of return
+                os.pwrite(self._file, bytes(self._stride), self._offset + index * self._stride)
+        os.ftruncate(self._again, self._repeats * self._stride)
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        """Which samples have a row in place, ``(size,)``."""
+        return self._seen
+
+    def add(self, visits: Visits, rows: Rows) -> None:
+        """Write rows.
+
+        Args:
+            visits: who came; ``place`` is filled in.
+            rows: float32 ``(V, columns)``. Those with NaN or infinities are not stored.
+
+        Raises:
+            OSError: the disk is full, or the like.
+        """
+        finite = np.isfinite(rows.sum(1, dtype=np.float64))
+        rows = np.ascontiguousarray(rows, np.float32)
+        for i, index in enumerate(visits.index.tolist()):
+            if not finite[i]:
+                visits.place[i] = NOT_STORED
+            elif self._seen[index]:
+                visits.place[i] = self._repeats
+                _write(self._again, rows[i], self._repeats * self._stride)
+                self._repeats += 1
+            else:
+                visits.place[i] = IN_PLACE
+                _write(self._file, rows[i], self._offset + index * self._stride)
+                self._seen[index] = True
+        self._parts.append(visits)
+
+    def sync(self) -> Visits:
+        """Bring everything to disk, the record last, and return it."""
+        os.fsync(self._file)
+        os.fsync(self._again)
+        visits = Visits.joined(self._parts)
+        self._parts = [visits]
+        visits.save(self._directory / _visits_part(self._rank))
+        return visits
+
+    def close(self) -> None:
+        """Close the files."""
+        os.close(self._file)
+        os.close(self._again)
+
+
+def merge(directory: Path, ranks: int) -> Visits:
+    """Bring the files of all processes together, into one block.
+
+    Where several processes saw a sample, the row of the lowest one is in place; further ones are
+    repeats. To be called in one process, when all have synchronized theirs.
+
+    Args:
+        directory: the block's directory.
+        ranks: number of processes.
+
+    Returns:
+        All visits, in the order of appearance.
+    """
+    parts = [Visits.load(directory / _visits_part(rank)) for rank in range(ranks)]
+    target = np.load(_rows_file(directory, 0), mmap_mode="r+")
+    seen = np.zeros(len(target), bool)
+    repeats: list[NDArray] = []
+    count = 0
+    for rank, visits in enumerate(parts):
+        own = np.load(_rows_file(directory, rank), mmap_mode="r")
+        again = np.fromfile(_repeats_part(directory, rank), np.float32)
+        repeats.append(again.reshape(-1, target.shape[1]))
+        further = visits.place >= 0
+        visits.place[further] += count
+        count += len(repeats[-1])
+        mine = np.flatnonzero(visits.place == IN_PLACE)
+        late = mine[seen[visits.index[mine]]]
+        first = visits.index[np.setdiff1d(mine, late)]
+        if rank:
+            target[first] = own[first]
+            repeats.append(np.array(own[visits.index[late]]))
+            visits.place[late] = count + np.arange(len(late))
+            count += len(late)
+        seen[first] = True
+    target.flush()
+    if count:
+        beside = directory / f"{REPEATS}.tmp.npy"
+        np.save(beside, np.concatenate(repeats))
+        os.replace(beside, directory / REPEATS)
+    else:
+        (directory / REPEATS).unlink(missing_ok=True)
+    together = Visits.joined(parts)
+    together = together[np.lexsort((together.rank, together.batch))]
+    together.save(directory / VISITS)
+    for rank in range(ranks):
+        if rank:
+            _rows_file(directory, rank).unlink()
+        _repeats_part(directory, rank).unlink()
+        (directory / _visits_part(rank)).unlink()
+    return together
+
+
+def set_aside(directory: Path, ranks: int) -> tuple[Path | None, bool]:
+    """Move a finished block out of the way, to be collected again.
+
+    Args:
+        directory: the block's directory.
+        ranks: number of processes.
+
+    Returns:
+        Where an earlier block is kept, if there is one, and whether the directory holds what can be
+        gone on with.
+    """
+    aside = directory.with_name(f"{directory.name}.earlier")
+    if (directory / VISITS).is_file():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(directory, aside)
+        return aside, False
+    begun = all((directory / _visits_part(rank)).is_file() for rank in range(ranks))
+    if aside.is_dir() and not begun:  # killed right after moving it
+        shutil.rmtree(directory, ignore_errors=True)
+        return aside, False
+    # The file that is made last tells whether a killed run came far enough to be gone on with.
+    whole = (directory / "_is_featurized.mmap").is_file()
+    return (aside if aside.is_dir() else None), whole
+
+
+def same_block(first: Path, second: Path) -> bool:
+    """Whether two blocks hold the same rows and visits."""
+    for name in ("grads.mmap", VISITS, REPEATS):
+        a, b = first / name, second / name
+        if a.is_file() != b.is_file():
+            return False
+        if a.is_file() and not _same_bytes(a, b):
+            return False
+    return True
+
+
+def rows_of(directory: Path, visits: Visits) -> Rows:
+    """Read the rows of visits of a finished block, ``(V, columns)``; NaN where none was stored."""
+    grads = np.load(directory / "grads.mmap", mmap_mode="r")
+    rows = np.array(grads[visits.index])
+    again = np.flatnonzero(visits.place >= 0)
+    if len(again):
+        rows[again] = np.load(directory / REPEATS, mmap_mode="r")[visits.place[again]]
+    rows[visits.place == NOT_STORED] = np.nan
+    return rows
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    with open(a, "rb") as first, open(b, "rb") as second:
+        while chunk := first.read(2**20):
+            if chunk != second.read(2**20):
+                return False
+        return not second.read(1)
+
+
+def _write(file: int, row: Rows, offset: int) -> None:
+    left = memoryview(row.view(np.uint8))  # type: ignore[arg-type]
+    while left:
+        written = os.pwrite(file, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def _rows_file(directory: Path, rank: int) -> Path:
+    return directory / ("grads.mmap" if rank == 0 else f"grads.{rank}.part")
+
+
+def _repeats_part(directory: Path, rank: int) -> Path:
+    return directory / f"repeats.{rank}.part"
+
+
+def _visits_part(rank: int) -> str:
+    return f"visits.{rank}.part"
