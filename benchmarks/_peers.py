@@ -233,7 +233,7 @@ def ekfac(problem: Problem, k: int) -> Attribution:
             factors = measured.seconds
             lambdas = analyzer.load_all_factors("ekfac")["lambda_matrix"].values()
             counts = analyzer.load_all_factors("ekfac")["num_lambda_processed"].values()
-            parts = [l / c for l, c in zip(lambdas, counts, strict=True)]
+            parts = [total_ / c for total_, c in zip(lambdas, counts, strict=True)]
             unit = float(sum(part.sum() for part in parts) / sum(part.numel() for part in parts))
             for number, damping in enumerate(EKFAC_GRID):
                 arguments = ScoreArguments(

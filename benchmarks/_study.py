@@ -44,12 +44,15 @@ class Cells:
     """Measurements by what was measured, kept on disk, so that a run goes on where it stopped.
 
     Args:
-        options: of the study; cells of other options are not used.
+        options: of the study; cells of another data size, device or version are not used.
         name: of the study.
     """
 
+    # What a cell does not depend on, or names itself.
+    _FREE = ("methods", "out", "cache", "seeds", "settings", "shares", "proj_dims", "more_dims")
+
     def __init__(self, options: argparse.Namespace, name: str) -> None:
-        kept = {k: str(v) for k, v in vars(options).items() if k not in ("methods", "out", "cache")}
+        kept = {k: str(v) for k, v in vars(options).items() if k not in self._FREE}
         self._file = options.cache / f"{name}{'-quick' if options.quick else ''}.cells.jsonl"
         self._head = json.dumps({**kept, "torch": torch.__version__})
         self.rows: list[Row] = []

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from _methods import Problem, methods, run
-from _settings import SETTINGS
+from _settings import load
 from _study import (
     Cells,
     Row,
@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
     known = methods()
     for name in options.settings:
         size = (300, 20) if options.quick else ()
-        setting = SETTINGS[name](*size, folder=options.fashion_mnist)
+        setting = load(name, *size, folder=options.fashion_mnist, device=options.device)
         masks, outputs = halves(setting, options.halves, options.cache)
         todo = [
             (method, k, seed)
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
 
 
 def dims(method: str, options: argparse.Namespace) -> list[int]:
-    """The k of a method, 0 where it has none: ours go further, dattri's TRAK is Gaussian as well."""
+    """The k of a method, 0 where it has none; dattri's TRAK is Gaussian as well."""
     if method == ENSEMBLE:
         return options.proj_dims[-1:]
     if method in OURS:
@@ -215,7 +215,7 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Run the study."""
     options_parser = parser(__doc__, "lds")
-    options_parser.add_argument("--settings", nargs="+", default=["mlp", "cnn", "lm"])
+    options_parser.add_argument("--settings", nargs="+", default=["mlp", "lm"])
     options_parser.add_argument("--proj-dims", nargs="+", type=int, default=[512, 2048])
     options_parser.add_argument(
         "--more-dims", nargs="*", type=int, default=[4096], help="further k, for our schemes"

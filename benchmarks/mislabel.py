@@ -1,10 +1,10 @@
 """Finding flipped labels by self-influence (the paper's first task), against peers.
 
-10 and 20 % of the labels are flipped, a model is trained on them, and training samples are inspected
-in the order of their self-influence. On scikit-learn's digits (MLP), Fashion-MNIST (MLP), and
-passages of text from six real sources (pretrained MiniLM with LoRA adapters). Each seed flips other
-labels, trains another model and draws another projection. The damping of each method is the one that
-is best on average over the other seeds. The cost of compression alone is measured on finished
+10 and 20 % of the labels are flipped, a model is trained on them, and training samples are
+inspected in the order of their self-influence. On scikit-learn's digits (MLP), Fashion-MNIST (MLP), and
+passages of text from six real sources (pretrained MiniLM with LoRA adapters). Each seed flips
+other labels, trains another model and draws another projection. The damping of each method is the one
+that is best on average over the other seeds. The cost of compression alone is measured on finished
 gradients, beside computing them.
 
     python benchmarks/mislabel.py                  # small setting
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from _measure import interleaved
 from _methods import Problem, methods, run
-from _settings import SETTINGS, Setting, take
+from _settings import Setting, load, take
 from _study import (
     Cells,
     Row,
@@ -41,7 +41,7 @@ from tqdm import tqdm
 from trak.projectors import BasicProjector
 
 from trak_dropout import DropoutProjector, FactoredGradientComputer
-from trak_dropout.metrics import mislabel_auc, recall_curve
+from trak_dropout.metrics import mislabel_auc, mislabel_recall
 
 ORDER = (
     "dropout", "dropout, fold 1", "unit dropout", "weighted dropout", "Gaussian", "SJLT",
@@ -66,7 +66,12 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
     """Fill the cells."""
     known = methods()
     for name in options.settings:
-        clean = SETTINGS[name](*((200, 20) if options.quick else ()), folder=options.fashion_mnist)
+        clean = load(
+            name,
+            *((200, 20) if options.quick else ()),
+            folder=options.fashion_mnist,
+            device=options.device,
+        )
         todo = [
             (share, seed, method)
             for share in options.shares
@@ -84,7 +89,9 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
             if found is not None:
                 row["auc"] = {str(d): mislabel_auc(v, flipped) for d, v in found.values.items()}
                 row["recall"] = {
-                    str(d): [float(recall_curve(v, flipped)[round(s * len(v)) - 1]) for s in INSPECTED]
+                    str(d): [
+                        float(recall_curve(v, flipped)[round(s * len(v)) - 1]) for s in INSPECTED
+                    ]
                     for d, v in found.values.items()
                 }
                 row |= {"seconds": found.seconds, "megabytes": found.megabytes}
@@ -183,7 +190,10 @@ def draw(rows: list[Row], path: Path) -> None:
         mean = [r["mean"] for r in row["recall"]]
         panel.plot(INSPECTED, mean, style, marker=".", label=row["method"])
         panel.fill_between(
-            INSPECTED, [r["low"] for r in row["recall"]], [r["high"] for r in row["recall"]], alpha=0.1
+            INSPECTED,
+            [r["low"] for r in row["recall"]],
+            [r["high"] for r in row["recall"]],
+            alpha=0.1,
         )
         panel.set(title=f"{row['setting']}, {row['share']:.0%} flipped", ylim=(0, 1.02))
         panel.spines[["top", "right"]].set_visible(False)
@@ -201,7 +211,12 @@ def main() -> None:
     options_parser.add_argument("--proj-dim", type=int, default=2048)
     options = options_parser.parse_args()
     if options.quick:
-        options.settings, options.shares, options.seeds, options.proj_dim = ["digits"], [0.1], 2, 128
+        options.settings, options.shares, options.seeds, options.proj_dim = (
+            ["digits"],
+            [0.1],
+            2,
+            128,
+        )
     cells = Cells(options, "mislabel")
     measure(options, cells)
     rows = summarize(cells.rows)

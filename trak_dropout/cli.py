@@ -9,9 +9,9 @@ from inspect import getdoc
 from types import ModuleType
 
 from trak_dropout import __version__
-from trak_dropout.commands import demo, report, score
+from trak_dropout.commands import demo, estimate, report, score
 
-COMMANDS: tuple[ModuleType, ...] = (demo, report, score)
+COMMANDS: tuple[ModuleType, ...] = (demo, estimate, report, score)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
