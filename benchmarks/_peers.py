@@ -1,7 +1,7 @@
 """Methods of other packages: dattri and kronfluence, where they are installed.
 
-    pip install --no-deps dattri kronfluence einconv pretty_midi mido
-    pip install accelerate einops opt-einsum scipy
+    pip install -c constraints.txt '.[benchmarks]'
+    pip install --no-deps -r benchmarks/peers.txt
 
 Without dependencies, because they ask for torchvision, which none of what is used here needs and
 which brings another torch.

@@ -56,6 +56,7 @@ class Cells:
         self._file = options.cache / f"{name}{'-quick' if options.quick else ''}.cells.jsonl"
         self._head = json.dumps({**kept, "torch": torch.__version__})
         self.rows: list[Row] = []
+        self.used: list[Row] = []  # those that this run asked for or made
         lines = self._file.read_text().splitlines() if self._file.is_file() else []
         if lines and lines[0] == self._head:
             self.rows = [json.loads(line) for line in lines[1:] if line.endswith("}")]
@@ -66,11 +67,15 @@ class Cells:
 
     def get(self, **key: Any) -> Row | None:
         """The measurement of a cell, or None."""
-        return next((r for r in self.rows if all(r.get(k) == v for k, v in key.items())), None)
+        found = next((r for r in self.rows if all(r.get(k) == v for k, v in key.items())), None)
+        if found is not None and found not in self.used:
+            self.used.append(found)
+        return found
 
     def add(self, row: Row) -> None:
         """Keep a measurement."""
         self.rows.append(row)
+        self.used.append(row)
         with self._file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -5,8 +5,8 @@ machine. For sequences of each source that it has not seen, the most influential
 are looked up: how many come from the same source, of the first and of the first ten? Beside scores
 of gradients stand similarities of the model's own embeddings (mean of its last hidden layer) and of
 the embeddings of a pretrained encoder (MiniLM), and chance. Each seed trains another model and
-draws another projection. The damping of each method is the one that is best on average over the other
-seeds.
+draws another projection. The damping of each method is the one that is best on average over the
+other seeds.
 
     python benchmarks/crosssource.py               # small setting
     python benchmarks/crosssource.py --quick       # a minute
@@ -203,7 +203,7 @@ def main() -> None:
         sources = measure(options, cells)
     except MissingError as error:
         raise SystemExit(f"crosssource: {error}") from error
-    rows = summarize(cells.rows, sources)
+    rows = summarize(cells.used, sources)
     names = {label(r): r for r in rows}
     print(table(list(names), ["top1", "top10"], lambda n, c: shown(names[n][c]), "same source"))
     write(options.out, options, sources=sources, rows=rows, compared=compared(rows))

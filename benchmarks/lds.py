@@ -227,7 +227,7 @@ def main() -> None:
         options.proj_dims, options.more_dims = [64], [256]
     cells = Cells(options, "lds")
     measure(options, cells)
-    rows = summarize(cells.rows)
+    rows = summarize(cells.used)
     equal = at_equal_time(rows)
     known = list(dict.fromkeys((r["setting"], r["k"]) for r in rows))
     of = {(r["method"], f"{r['setting']} {r['k'] or ''}".strip()): r for r in rows}

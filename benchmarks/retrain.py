@@ -188,7 +188,7 @@ def main() -> None:
         options.retrains, options.proj_dim = 1, 128
     cells = Cells(options, "retrain")
     measure(options, cells)
-    rows = summarize(cells.rows)
+    rows = summarize(cells.used)
     for setting in dict.fromkeys(r["setting"] for r in rows):
         here = {(r["method"], f"{r['share']:.0%}"): r for r in rows if r["setting"] == setting}
         columns = list(dict.fromkeys(share for _, share in here))
