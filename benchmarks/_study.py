@@ -49,7 +49,17 @@ class Cells:
     """
 
     # What a cell does not depend on, or names itself.
-    _FREE = ("methods", "out", "cache", "seeds", "settings", "shares", "proj_dims", "more_dims")
+    _FREE = (
+        "methods",
+        "out",
+        "cache",
+        "seeds",
+        "settings",
+        "shares",
+        "proj_dims",
+        "more_dims",
+        "ekfac",
+    )
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:
         kept = {k: str(v) for k, v in vars(options).items() if k not in self._FREE}
@@ -59,11 +69,12 @@ class Cells:
         self.used: list[Row] = []  # those that this run asked for or made
         lines = self._file.read_text().splitlines() if self._file.is_file() else []
         if lines and lines[0] == self._head:
+            # The last line is cut off where the run was killed while writing it.
             self.rows = [json.loads(line) for line in lines[1:] if line.endswith("}")]
             print(f"going on after {len(self.rows)} measurements in {self._file}", flush=True)
-        else:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(self._head + "\n")
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        whole = [self._head, *(json.dumps(row) for row in self.rows)]
+        self._file.write_text("\n".join(whole) + "\n")
 
     def get(self, **key: Any) -> Row | None:
         """The measurement of a cell, or None."""

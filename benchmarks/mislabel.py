@@ -47,6 +47,7 @@ ORDER = (
     "dropout", "dropout, fold 1", "unit dropout", "weighted dropout", "Gaussian", "SJLT",
     "no compression", "kronfluence EK-FAC", "gradient dot product", "loss", "random",
 )  # fmt: skip
+EKFAC = "kronfluence EK-FAC"
 COSTED = ("dropout, fold 1", "dropout", "unit dropout", "Gaussian")
 INSPECTED = (0.05, 0.1, 0.2, 0.3, 0.4)
 
@@ -78,6 +79,7 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
             for share in options.shares
             for seed in range(options.seeds)
             for method in chosen(ORDER, options)
+            if method != EKFAC or name == "digits" or options.ekfac
             if cells.get(setting=clean.name, share=share, seed=seed, method=method) is None
         ]
         for share, seed, method in tqdm(todo, desc=f"{clean.name}: methods"):
@@ -209,6 +211,9 @@ def main() -> None:
     options_parser.add_argument("--settings", nargs="+", default=["digits", "fashion", "text"])
     options_parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.2])
     options_parser.add_argument("--proj-dim", type=int, default=2048)
+    options_parser.add_argument(
+        "--ekfac", action="store_true", help="EK-FAC on every setting, not only the digits (slow)"
+    )
     options = options_parser.parse_args()
     if options.quick:
         options.settings, options.shares, options.seeds, options.proj_dim = (

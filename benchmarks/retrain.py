@@ -25,7 +25,6 @@ from _settings import Setting, load
 from _study import (
     Cells,
     Row,
-    chosen,
     difference,
     interval,
     means,
@@ -38,8 +37,14 @@ from _training import train, trained
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-ORDER = ("dropout", "weighted dropout", "Gaussian", "gradient dot product", "random")
+# Any method of `_methods.methods` that scores targets will do; these are run by default.
+ORDER = ("dropout", "Gaussian", "random")
 NOTHING = "nothing removed"
+
+
+def ranked_by(options: argparse.Namespace) -> list[str]:
+    """The methods to remove by."""
+    return list(options.methods or ORDER)
 
 
 def evaluate(setting: Setting, model: torch.nn.Module) -> dict[str, float]:
@@ -72,13 +77,11 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
         sizes = (150, 60) if options.quick else (options.n,) if options.n else ()
         setting = load(name, *sizes, folder=options.fashion_mnist, device=options.device)
         total = (
-            options.seeds
-            * options.retrains
-            * (1 + len(chosen(ORDER, options)) * len(options.shares))
+            options.seeds * options.retrains * (1 + len(ranked_by(options)) * len(options.shares))
         )
         bar = tqdm(total=total, desc=f"{setting.name}: trained again")
         for seed in range(options.seeds):
-            for method in (NOTHING, *chosen(ORDER, options)):
+            for method in (NOTHING, *ranked_by(options)):
                 shares = [0.0] if method == NOTHING else options.shares
                 todo = [
                     (share, again)
@@ -149,7 +152,7 @@ def draw(rows: list[Row], path: Path) -> None:
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
     for panel, setting in zip(panels, settings, strict=True):
         base = [r for r in rows if (r["setting"], r["method"]) == (setting, NOTHING)]
-        for method in ORDER:
+        for method in dict.fromkeys(r["method"] for r in rows if r["method"] != NOTHING):
             here = [r for r in rows if (r["setting"], r["method"]) == (setting, method)]
             points = sorted(base + here, key=lambda r: r["share"])
             x = [r["share"] for r in points]
@@ -192,7 +195,7 @@ def main() -> None:
     for setting in dict.fromkeys(r["setting"] for r in rows):
         here = {(r["method"], f"{r['share']:.0%}"): r for r in rows if r["setting"] == setting}
         columns = list(dict.fromkeys(share for _, share in here))
-        names = [m for m in (NOTHING, *ORDER) if any(m == method for method, _ in here)]
+        names = list(dict.fromkeys(method for method, _ in here))
         for metric in ("loss", "accuracy", "perplexity"):
             if next(iter(here.values()))[metric] is not None:
 

@@ -217,12 +217,19 @@ def calibrate(
     Returns:
         The constants.
     """
+    with torch.random.fork_rng(devices=[] if device == "cpu" else None):
+        torch.manual_seed(0)
+        return _calibrate(tokens, device, dtype, proj_type, repeats, vocabulary)
+
+
+def _calibrate(
+    tokens: int, device: str, dtype: torch.dtype, proj_type: str, repeats: int, vocabulary: int
+) -> Speed:
     batch_size = max(2, 1024 // tokens)
     shapes = ((64, 2, 64), (320, 4, 64), (320, 4, 32_768))
     calls: list[Callable[[], object]] = []
     works = []
     for width, layers, coordinates in shapes:
-        torch.manual_seed(0)
         model = _reference(width, layers, vocabulary).to(device, dtype).eval()
         size = sum(parameter.numel() for parameter in model.parameters())
         batch = (torch.randint(vocabulary, (batch_size, tokens), device=device),)
