@@ -215,7 +215,9 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Run the study."""
     options_parser = parser(__doc__, "lds")
-    options_parser.add_argument("--settings", nargs="+", default=["mlp", "lm"])
+    options_parser.add_argument(
+        "--settings", nargs="+", default=["digits", "small cnn", "mlp", "lm"]
+    )
     options_parser.add_argument("--proj-dims", nargs="+", type=int, default=[512, 2048])
     options_parser.add_argument(
         "--more-dims", nargs="*", type=int, default=[4096], help="further k, for our schemes"
