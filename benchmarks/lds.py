@@ -2,11 +2,12 @@
 
 Models are trained on random halves of a training set; scores are good if they predict, by summing
 over a half, the output of the model trained on it (Spearman over halves, mean over targets). An MLP
-and a CNN on Fashion-MNIST (TRAK's margin), a character transformer on Python source (loss). Each
-seed has its own checkpoint and projection. The damping of each method is the one that is best on
-average over the other seeds. Time is from the trained model to all scores, each method through its
-own pipeline. For score at equal time, our schemes get the time that the other method took; one that
-uses three checkpoints pays for the training of two.
+on digits (loss), a small CNN and an MLP on Fashion-MNIST (TRAK's margin), a character transformer
+on Python source (loss); ``--settings`` knows a larger CNN as well (``cnn``). Each seed has its own
+checkpoint and projection. The damping of each method is the one that is best on average over the
+other seeds. Time is from the trained model to all scores, each method through its own pipeline. For
+score at equal time, our schemes get the time that the other method took; one that uses several
+checkpoints pays for the training of all but one.
 
     python benchmarks/lds.py                       # small setting
     python benchmarks/lds.py --quick               # a minute
@@ -41,12 +42,14 @@ from tqdm import tqdm
 
 from trak_dropout.metrics import linear_datamodeling_score
 
+# The default scheme with several checkpoints: what its speed can buy.
+ENSEMBLES = {"dropout, 3 checkpoints": 3, "dropout, 6 checkpoints": 6}
+FURTHER = max(ENSEMBLES.values())  # models of each seed
 ORDER = (
     "Gaussian", "SJLT", "dropout", "dropout, fold 1", "unit dropout", "weighted dropout",
-    "dropout, 3 checkpoints", "no compression", "kronfluence EK-FAC",
+    *ENSEMBLES, "no compression", "kronfluence EK-FAC",
     "dattri influence function", "dattri TRAK", "gradient dot product", "random",
 )  # fmt: skip
-ENSEMBLE = "dropout, 3 checkpoints"
 OURS = [name for name in ORDER if "dropout" in name]
 
 
@@ -65,9 +68,9 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
             if cells.get(setting=name, method=method, k=k, seed=seed) is None
         ]
         for method, k, seed in tqdm(todo, desc=f"{name}: methods"):
-            count = 3 if method == ENSEMBLE else 1
-            models = [trained(setting, 3 * seed + i, options.cache) for i in range(count)]
-            scheme = known["dropout" if method == ENSEMBLE else method]
+            count = ENSEMBLES.get(method, 1)
+            models = [trained(setting, FURTHER * seed + i, options.cache) for i in range(count)]
+            scheme = known["dropout" if method in ENSEMBLES else method]
             found = run(scheme, Problem(setting, models, seed), k)
             row: Row = {"setting": name, "method": method, "k": k, "seed": seed, "lds": None}
             if found is not None:
@@ -76,7 +79,8 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
                     for d, v in found.values.items()
                 }
                 extra = sum(
-                    training_seconds(setting, 3 * seed + i, options.cache) for i in range(1, count)
+                    training_seconds(setting, FURTHER * seed + i, options.cache)
+                    for i in range(1, count)
                 )
                 row |= {
                     "seconds": found.seconds + extra, "collecting": found.collecting,
@@ -87,7 +91,7 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
 
 def dims(method: str, options: argparse.Namespace) -> list[int]:
     """The k of a method, 0 where it has none; dattri's TRAK is Gaussian as well."""
-    if method == ENSEMBLE:
+    if method in ENSEMBLES:
         return options.proj_dims[-1:]
     if method in OURS:
         return sorted({*options.proj_dims, *options.more_dims})
@@ -125,7 +129,9 @@ def at_equal_k(rows: list[Row]) -> list[Row]:
     found = []
     cell = {(r["setting"], r["method"], r["k"]): r["lds"] for r in rows}
     reference = [(s, k) for s, m, k in cell if m == "Gaussian"]
-    for method in dict.fromkeys(r["method"] for r in rows if r["k"] and r["method"] != ENSEMBLE):
+    for method in dict.fromkeys(
+        r["method"] for r in rows if r["k"] and r["method"] not in ENSEMBLES
+    ):
         both = [(s, k) for s, k in reference if (s, method, k) in cell]
         if not both:
             continue
