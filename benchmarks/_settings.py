@@ -236,7 +236,7 @@ def text_topics(n: int = 300, m: int = 60, folder: Path = _data.FASHION_MNIST) -
 
 
 def byte_lm(
-    n: int = 600, m: int = 120, folder: Path = _data.FASHION_MNIST, count: int = 6
+    n: int = 600, m: int = 240, folder: Path = _data.FASHION_MNIST, count: int = 6
 ) -> Setting:
     """A GPT-NeoX model of bytes on a mixture of at least six sources of real text, loss."""
     length = 64
