@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 OUT ?= demo_results
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs clean
+.PHONY: help install demo benchmarks test lint docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,11 @@ install: $(READY) ## set up .venv with the package and everything its developmen
 
 demo: $(READY) ## train on digits with flipped labels, find them, write a page to demo_results/
 	$(BIN)/trak-dropout demo --out $(OUT)
+
+benchmarks: $(READY) ## run every study of docs/evidence.md at its small setting (under an hour on two cores)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,benchmarks]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps -r benchmarks/peers.txt
+	$(BIN)/python benchmarks/run_all.py
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest

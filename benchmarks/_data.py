@@ -63,7 +63,7 @@ def cifar10(part: str) -> tuple[Tensor, Tensor]:
 
 
 def hub_text(dataset: str, name: str, part: str, *columns: str) -> list[tuple]:
-    """Rows of a Hugging Face data set, such as ``("nyu-mll/glue", "sst2", "train", "sentence")``."""
+    """Rows of a Hugging Face data set: ``("nyu-mll/glue", "sst2", "train", "sentence")``."""
     try:
         from datasets import load_dataset
 
@@ -95,7 +95,8 @@ def _files(*patterns: tuple[Path, str]) -> Callable[[], Iterator[str]]:
         for folder, pattern in patterns:
             for file in sorted(folder.glob(pattern)) if folder.is_dir() else ():
                 if file.is_file() and 1500 < file.stat().st_size < 400_000:
-                    raw = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
+                    raw = file.read_bytes()
+                    raw = gzip.decompress(raw) if file.suffix == ".gz" else raw
                     yield raw.decode("utf-8", "ignore")
 
     return read
@@ -128,7 +129,8 @@ SOURCES: dict[str, Callable[[], Iterator[str]]] = {
                        (PACKAGES, "*.dist-info/licenses/**/LICENSE*")),
     "manual pages": _manual,
     "Bible": _bible,
-    "Perl": _files((Path("/usr/share/perl"), "5.*.*/**/*.pm"), (Path("/usr/share/perl5"), "**/*.pm")),
+    "Perl": _files((Path("/usr/share/perl"), "5.*.*/**/*.pm"),
+                   (Path("/usr/share/perl5"), "**/*.pm")),
     "JavaScript": _files((PACKAGES, "*/**/static/**/*.js"), (PACKAGES, "*/**/*.js")),
     "style sheets": _files((PACKAGES, "sphinx/**/*.css*"), (PACKAGES, "*/**/*.css")),
     "translations": _files((PACKAGES, "sphinx/locale/*/LC_MESSAGES/*.po")),

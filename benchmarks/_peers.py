@@ -1,7 +1,7 @@
 """Methods of other packages: dattri and kronfluence, where they are installed.
 
-    pip install --no-deps dattri kronfluence einconv pretty_midi mido
-    pip install accelerate einops opt-einsum scipy
+    pip install -c constraints.txt '.[benchmarks]'
+    pip install --no-deps -r benchmarks/peers.txt
 
 Without dependencies, because they ask for torchvision, which none of what is used here needs and
 which brings another torch.
@@ -36,7 +36,9 @@ DATTRI_GRID = (0.3, 1.0)
 # the mean eigenvalue of all layers.
 EKFAC_GRID: tuple[float | str, ...] = ("heuristic", 0.1)
 # dattri's influence function adds an absolute damping to the Hessian of the mean loss.
-ARNOLDI_GRID = (3.0, 10.0)
+ARNOLDI_GRID = (0.1, 3.0)
+# Its iteration loses orthogonality, and the smaller half of the eigenvalues is then spurious, with
+# negative ones among them of which it takes roots.
 _KRYLOV = 40
 
 
@@ -161,7 +163,7 @@ def dattri_arnoldi(problem: Problem, k: int) -> Attribution:
                     task,
                     device=problem.device,
                     precompute_data_ratio=0.25,
-                    proj_dim=_KRYLOV,
+                    proj_dim=_KRYLOV // 2,
                     max_iter=_KRYLOV,
                     regularization=damping,
                     seed=problem.seed,
@@ -169,7 +171,7 @@ def dattri_arnoldi(problem: Problem, k: int) -> Attribution:
                 attributor.cache(loaders[0])
                 scores = attributor.attribute(*loaders).detach().double().cpu().numpy()
             if not np.isfinite(scores).all():
-                continue  # it takes roots of eigenvalues, and this damping left negative ones
+                continue  # a negative eigenvalue was among the larger half
             # A gradient of the loss times one of the output: a sample that lowers the loss along
             # it raises the output.
             found.values[damping] = -scores
@@ -233,7 +235,7 @@ def ekfac(problem: Problem, k: int) -> Attribution:
             factors = measured.seconds
             lambdas = analyzer.load_all_factors("ekfac")["lambda_matrix"].values()
             counts = analyzer.load_all_factors("ekfac")["num_lambda_processed"].values()
-            parts = [l / c for l, c in zip(lambdas, counts, strict=True)]
+            parts = [total_ / c for total_, c in zip(lambdas, counts, strict=True)]
             unit = float(sum(part.sum() for part in parts) / sum(part.numel() for part in parts))
             for number, damping in enumerate(EKFAC_GRID):
                 arguments = ScoreArguments(

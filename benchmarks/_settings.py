@@ -75,6 +75,11 @@ class Setting:
         """Number of training samples."""
         return len(self.train[0])
 
+    def to(self, device: str) -> Setting:
+        """The same with its data on a device."""
+        train, targets = (tuple(t.to(device) for t in b) for b in (self.train, self.targets))
+        return replace(self, train=train, targets=targets)
+
     def relabeled(self, labels: Tensor) -> Setting:
         """The same with other training labels."""
         return replace(self, train=(*self.train[:-1], labels))
@@ -125,9 +130,25 @@ def fashion_cnn(n: int = 2000, m: int = 100, folder: Path = _data.FASHION_MNIST)
     return _fashion("cnn", _models.cnn, 10, n, m, folder)
 
 
-def fashion_resnet9(n: int = 1000, m: int = 500, folder: Path = _data.FASHION_MNIST) -> Setting:
+def fashion_resnet9(n: int = 600, m: int = 400, folder: Path = _data.FASHION_MNIST) -> Setting:
     """A narrow ResNet-9 on Fashion-MNIST, loss."""
     return _fashion("resnet9", lambda: _models.ResNet9(1, 8), 8, n, m, folder, CLASS_LOSS)
+
+
+def cifar10_resnet9(n: int = 50_000, m: int = 2000, folder: Path | None = None) -> Setting:
+    """ResNet-9 on CIFAR-10 as in TRAK's example, loss; needs torchvision and a network or GPU."""
+    images, labels = _data.cifar10("train")
+    test_images, test_labels = _data.cifar10("test")
+    return Setting(
+        "cifar10",
+        _models.ResNet9,
+        CLASS_LOSS,
+        (images[:n], labels[:n]),
+        (test_images[:m], test_labels[:m]),
+        24,
+        1e-3,
+        batch_size=512,
+    )
 
 
 def small_cnn(n: int = 500, m: int = 100, folder: Path = _data.FASHION_MNIST) -> Setting:
@@ -215,7 +236,7 @@ def text_topics(n: int = 300, m: int = 60, folder: Path = _data.FASHION_MNIST) -
 
 
 def byte_lm(
-    n: int = 600, m: int = 120, folder: Path = _data.FASHION_MNIST, count: int = 6
+    n: int = 600, m: int = 240, folder: Path = _data.FASHION_MNIST, count: int = 6
 ) -> Setting:
     """A GPT-NeoX model of bytes on a mixture of at least six sources of real text, loss."""
     length = 64
@@ -255,6 +276,21 @@ SETTINGS: dict[str, Callable[..., Setting]] = {
     "small cnn": small_cnn,
     "fashion": fashion_loss,
     "resnet9": fashion_resnet9,
+    "cifar10": cifar10_resnet9,
     "text": text_topics,
     "bytes": byte_lm,
 }
+
+
+def load(
+    name: str, *sizes: int, folder: Path = _data.FASHION_MNIST, device: str = "cpu"
+) -> Setting:
+    """Build a setting by name, its data on a device.
+
+    Args:
+        name: one of `SETTINGS`.
+        *sizes: number of training samples and of targets; the setting's own when not given.
+        folder: of Fashion-MNIST's files.
+        device: where the data goes.
+    """
+    return SETTINGS[name](*sizes, folder=folder).to(device)

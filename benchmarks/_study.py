@@ -44,30 +44,49 @@ class Cells:
     """Measurements by what was measured, kept on disk, so that a run goes on where it stopped.
 
     Args:
-        options: of the study; cells of other options are not used.
+        options: of the study; cells of another data size, device or version are not used.
         name: of the study.
     """
 
+    # What a cell does not depend on, or names itself.
+    _FREE = (
+        "methods",
+        "out",
+        "cache",
+        "seeds",
+        "settings",
+        "shares",
+        "proj_dims",
+        "more_dims",
+        "ekfac",
+    )
+
     def __init__(self, options: argparse.Namespace, name: str) -> None:
-        kept = {k: str(v) for k, v in vars(options).items() if k not in ("methods", "out", "cache")}
+        kept = {k: str(v) for k, v in vars(options).items() if k not in self._FREE}
         self._file = options.cache / f"{name}{'-quick' if options.quick else ''}.cells.jsonl"
         self._head = json.dumps({**kept, "torch": torch.__version__})
         self.rows: list[Row] = []
+        self.used: list[Row] = []  # those that this run asked for or made
         lines = self._file.read_text().splitlines() if self._file.is_file() else []
         if lines and lines[0] == self._head:
+            # The last line is cut off where the run was killed while writing it.
             self.rows = [json.loads(line) for line in lines[1:] if line.endswith("}")]
             print(f"going on after {len(self.rows)} measurements in {self._file}", flush=True)
-        else:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(self._head + "\n")
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        whole = [self._head, *(json.dumps(row) for row in self.rows)]
+        self._file.write_text("\n".join(whole) + "\n")
 
     def get(self, **key: Any) -> Row | None:
         """The measurement of a cell, or None."""
-        return next((r for r in self.rows if all(r.get(k) == v for k, v in key.items())), None)
+        found = next((r for r in self.rows if all(r.get(k) == v for k, v in key.items())), None)
+        if found is not None and found not in self.used:
+            self.used.append(found)
+        return found
 
     def add(self, row: Row) -> None:
         """Keep a measurement."""
         self.rows.append(row)
+        self.used.append(row)
         with self._file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -4,9 +4,9 @@ A GPT-NeoX model of bytes is trained on a mixture of at least six real sources o
 machine. For sequences of each source that it has not seen, the most influential training sequences
 are looked up: how many come from the same source, of the first and of the first ten? Beside scores
 of gradients stand similarities of the model's own embeddings (mean of its last hidden layer) and of
-the embeddings of a pretrained encoder (MiniLM), and chance. Each seed trains another model and draws
-another projection. The damping of each method is the one that is best on average over the other
-seeds.
+the embeddings of a pretrained encoder (MiniLM), and chance. Each seed trains another model and
+draws another projection. The damping of each method is the one that is best on average over the
+other seeds.
 
     python benchmarks/crosssource.py               # small setting
     python benchmarks/crosssource.py --quick       # a minute
@@ -24,7 +24,7 @@ from _data import MissingError
 from _measure import Measured
 from _methods import Attribution, Method, Problem, methods, run
 from _models import MiniLM, minilm_tokens
-from _settings import SETTINGS
+from _settings import load
 from _study import (
     Cells,
     Row,
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, cells: Cells) -> tuple[str, ...]:
     known = methods()
     known["own embeddings"] = Method("own embeddings", own_embeddings)
     known["MiniLM embeddings"] = Method("MiniLM embeddings", minilm_embeddings)
-    setting = SETTINGS["bytes"](*((240, 40) if options.quick else ()))
+    setting = load("bytes", *((240, 42) if options.quick else ()), device=options.device)
     assert setting.origin is not None
     train, targets = (origin.numpy() for origin in setting.origin)
     todo = [
@@ -194,7 +194,7 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Run the study."""
     options_parser = parser(__doc__, "crosssource")
-    options_parser.add_argument("--proj-dims", nargs="+", type=int, default=[512, 2048])
+    options_parser.add_argument("--proj-dims", nargs="+", type=int, default=[512])
     options = options_parser.parse_args()
     if options.quick:
         options.seeds, options.proj_dims = 2, [64]
@@ -203,7 +203,7 @@ def main() -> None:
         sources = measure(options, cells)
     except MissingError as error:
         raise SystemExit(f"crosssource: {error}") from error
-    rows = summarize(cells.rows, sources)
+    rows = summarize(cells.used, sources)
     names = {label(r): r for r in rows}
     print(table(list(names), ["top1", "top10"], lambda n, c: shown(names[n][c]), "same source"))
     write(options.out, options, sources=sources, rows=rows, compared=compared(rows))

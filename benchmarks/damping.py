@@ -28,7 +28,7 @@ import folds
 import numpy as np
 import torch
 from _data import FASHION_MNIST
-from _settings import SETTINGS, Setting
+from _settings import Setting, load
 from _spectrum import Spectrum
 from _training import halves, train
 from matplotlib.figure import Figure
@@ -154,7 +154,7 @@ def main() -> None:
         options.settings, options.proj_dims, options.halves = ["digits"], [256], 10
     rows: list[dict[str, Any]] = []
     for name in options.settings:
-        setting = SETTINGS[name](folder=options.fashion_mnist)
+        setting = load(name, folder=options.fashion_mnist)
         rows += study(setting, options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"grid": GRID, "rows": rows}, indent=1) + "\n")

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from _data import FASHION_MNIST
-from _settings import SETTINGS, Setting
+from _settings import Setting, load
 from _training import halves, train
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -206,7 +206,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = kept["rows"] if same else []
     for name in options.settings:
         size = (300, 20) if options.quick else ()
-        setting = SETTINGS[name](*size, folder=options.fashion_mnist)
+        setting = load(name, *size, folder=options.fashion_mnist)
         started = time.perf_counter()
         known = {row["method"] for row in rows if row["setting"] == setting.name}
         missing = [method for method in ("Gaussian", *SCHEMES) if method not in known]

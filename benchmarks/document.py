@@ -1,0 +1,385 @@
+"""Write the tables of docs/evidence.md from benchmarks/results.
+
+What stands between ``<!-- NAME -->`` and ``<!-- end -->`` is made here, verdicts included; the rest
+of the page is written by hand and holds no figures of results.
+
+    python benchmarks/document.py                  # rewrite
+    python benchmarks/document.py --check          # exit 1 where the page differs from the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from _study import HERE, Row, shown, table
+
+PAGE = HERE.parent / "docs" / "evidence.md"
+Results = dict[str, Any]
+
+
+def results(name: str) -> Results | None:
+    """Results of a study; None where it has not been run."""
+    file = HERE / "results" / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def percent(value: Results, digits: int = 1) -> str:
+    """An interval of shares in percent."""
+    half = value["high"] - value["mean"]
+    return f"{100 * value['mean']:.{digits}f} ± {100 * half:.{digits}f}"
+
+
+def verdict(claim: str, worst: float, low: float, seen: str) -> str:
+    """One line: what was asked, whether it holds, what was seen.
+
+    Args:
+        claim: what was asked.
+        worst: by how much it is met at the worst place, on average over seeds; negative if not.
+        low: the same at the lower end of the interval.
+        seen: the figure.
+    """
+    word = "holds" if low >= 0 else "holds on average, within the spread of seeds"
+    return f"- {claim}: **{word if worst >= 0 else 'does not hold'}**. {seen}"
+
+
+def above(value: Results, least: float) -> tuple[float, float]:
+    """By how much an interval is above a bound: its mean, and its lower end."""
+    return value["mean"] - least, value["low"] - least
+
+
+def below(value: Results, most: float) -> tuple[float, float]:
+    """By how much an interval is below a bound: its mean, and its upper end."""
+    return most - value["mean"], most - value["high"]
+
+
+def pivot(rows: list[Row], line: Callable[[Row], str], column: Callable[[Row], str],
+          cell: Callable[[Row], str], corner: str) -> str:  # fmt: skip
+    """A table of rows."""
+    of = {(line(r), column(r)): cell(r) for r in rows}
+    lines, columns = (list(dict.fromkeys(key[i] for key in of)) for i in (0, 1))
+    return table(lines, columns, lambda a, b: of.get((a, b), ""), corner)
+
+
+def machine(found: Results) -> str:
+    """What a study was run on."""
+    options, on = found["options"], found["machine"]
+    return (
+        f"{options['seeds']} seeds; {on['device']}, {on['threads']} "
+        f"thread{'s' if on['threads'] != 1 else ''}, torch {on['torch']}."
+    )
+
+
+def lds_scores(found: Results) -> str:
+    """Score of every method."""
+    rows = sorted(found["rows"], key=lambda r: (r["setting"], r["k"]))
+    order = list(dict.fromkeys(r["method"] for r in found["rows"]))
+    rows.sort(key=lambda r: order.index(r["method"]))
+    columns = dict.fromkeys(
+        f"{r['setting']}, k = {r['k']}" if r["k"] else r["setting"]
+        for r in sorted(rows, key=lambda r: (r["setting"], r["k"]))
+    )
+    of = {
+        (r["method"], f"{r['setting']}, k = {r['k']}" if r["k"] else r["setting"]): r for r in rows
+    }
+    return (
+        f"{machine(found)} Score ± half the 95 % interval, and seconds from model to scores.\n\n"
+        + table(
+            order,
+            list(columns),
+            lambda m, c: (
+                f"{shown(of[m, c]['lds'])}, {of[m, c]['seconds']:.2g} s" if (m, c) in of else ""
+            ),
+            "method",
+        )
+    )
+
+
+def lds_equal_k(found: Results) -> str:
+    """Ratios to Gaussian at equal k, and the verdict."""
+    rows = {r["method"]: r["of_gaussian"] for r in found["equal_k"]}
+    ours = {name: value for name, value in rows.items() if "dropout" in name}
+    best = max(ours, key=lambda name: ours[name]["mean"])
+    return "\n".join(
+        [
+            table(list(rows), ["of Gaussian"], lambda m, _: shown(rows[m]), "method"),
+            "",
+            verdict(
+                "Best scheme at least 1.03 times Gaussian at equal k",
+                *above(ours[best], 1.03),
+                f"It is {best}, at {shown(ours[best])}.",
+            ),
+            verdict(
+                "The default at least 1.0 times Gaussian at equal k",
+                *above(ours["dropout"], 1),
+                f"{shown(ours['dropout'])}.",
+            ),
+        ]
+    )
+
+
+def lds_equal_time(found: Results) -> str:
+    """Ratios at equal time, and the verdicts."""
+    rows = found["equal_time_summary"]
+    lines = [
+        pivot(
+            rows, lambda r: r["scheme"], lambda r: r["peer"], lambda r: shown(r["ratio"]), "scheme"
+        ),
+        "",
+    ]
+    for peers, least in (
+        (("Gaussian",), 1.15),
+        (("kronfluence EK-FAC",), 1.0),
+        (("dattri TRAK", "dattri influence function"), 1.0),
+    ):
+        here = [r for r in rows if r["peer"] in peers]
+        for peer in peers:
+            of_peer = [r for r in here if r["peer"] == peer]
+            if not of_peer:
+                continue
+            best = max(of_peer, key=lambda r: r["ratio"]["mean"])
+            lines.append(
+                verdict(
+                    f"At least {least} times {peer} at equal time",
+                    *above(best["ratio"], least),
+                    f"Best is {best['scheme']}, at {shown(best['ratio'])}.",
+                )
+            )
+    return "\n".join(lines)
+
+
+def mislabel_auc(found: Results) -> str:
+    """AUC of every method and setting."""
+    k = found["options"]["proj_dim"]
+    return f"{machine(found)} k = {k}. AUC ± half the 95 % interval.\n\n" + pivot(
+        found["rows"],
+        lambda r: r["method"],
+        lambda r: f"{r['setting']}, {r['share']:.0%}",
+        lambda r: shown(r["auc"]),
+        "method",
+    )
+
+
+def mislabel_recall(found: Results) -> str:
+    """Share of the flipped labels found by inspecting a fifth of the samples."""
+    at = found["inspected"].index(0.2)
+    return pivot(
+        found["rows"],
+        lambda r: r["method"],
+        lambda r: f"{r['setting']}, {r['share']:.0%}",
+        lambda r: shown(r["recall"][at]),
+        "found in the first 20 %",
+    )
+
+
+def mislabel_verdict(found: Results) -> str:
+    """Whether the claims on AUC and cost hold."""
+    lines = []
+    for peer in ("Gaussian", "no compression"):
+        here = [r for r in found["compared"] if r["peer"] == peer and r["scheme"] == "dropout"]
+        least = min(here, key=lambda r: r["difference"]["mean"])
+        lines.append(
+            verdict(
+                f"AUC of the default within 0.01 of {peer}, or above",
+                *above(least["difference"], -0.01),
+                f"Largest shortfall {shown(least['difference'], 4)} "
+                f"({least['setting']}, {least['share']:.0%}).",
+            )
+        )
+    costs = [{"of": f"{100 * r['of_collecting']:.1f} %", **r} for r in found["cost"]]
+    ours = [r for r in found["cost"] if r["method"] == "dropout, fold 1"]
+    most = max(r["of_collecting"] for r in ours)
+    lines.append(
+        verdict(
+            "Compression itself under 1 % of collecting (pure dropout)",
+            0.01 - most,
+            0.01 - most,
+            f"At most {100 * most:.1f} %; of all schemes:",
+        )
+    )
+    lines += [
+        "",
+        pivot(costs, lambda r: r["method"], lambda r: r["setting"], lambda r: r["of"], "cost"),
+    ]
+    return "\n".join(lines)
+
+
+def retrain_loss(found: Results) -> str:
+    """Loss after removal, accuracy or perplexity beside it."""
+    parts = [f"{machine(found)} {found['options']['retrains']} trainings for each."]
+    for setting in dict.fromkeys(r["setting"] for r in found["rows"]):
+        here = [r for r in found["rows"] if r["setting"] == setting]
+        other = "accuracy" if here[0]["accuracy"] else "perplexity"
+        digits = 3 if other == "accuracy" else 2
+        parts += [
+            "",
+            pivot(
+                here,
+                lambda r: r["method"],
+                lambda r: f"{r['share']:.0%}",
+                lambda r, o=other, d=digits: f"{shown(r['loss'])}; {shown(r[o], d)}",
+                f"{setting}: loss; {other}",
+            ),
+        ]
+    return "\n".join(parts)
+
+
+def retrain_verdict(found: Results) -> str:
+    """Whether removal by our scores hurts as much as by Gaussian ones."""
+    lines = []
+    for peer, word in (
+        ("Gaussian", "at least as much as by Gaussian's"),
+        ("random", "more than random"),
+    ):
+        for scheme in dict.fromkeys(r["scheme"] for r in found["compared"]):
+            here = [r for r in found["compared"] if (r["peer"], r["scheme"]) == (peer, scheme)]
+            least = min(here, key=lambda r: r["loss"]["mean"])
+            lines.append(
+                verdict(
+                    f"Removing by scores of {scheme} hurts {word}",
+                    *above(least["loss"], 0),
+                    f"Least difference in loss {shown(least['loss'])} "
+                    f"({least['setting']}, {least['share']:.0%}), mean over settings and shares "
+                    f"{sum(r['loss']['mean'] for r in here) / len(here):.3f}.",
+                )
+            )
+    return "\n".join(lines)
+
+
+def crosssource_shares(found: Results) -> str:
+    """Shares of top-1 and top-10."""
+    of = {(r["method"], key): r[key] for r in found["rows"] for key in ("top1", "top10")}
+    names = list(dict.fromkeys(name for name, _ in of))
+    return (
+        f"{machine(found)} k = {', '.join(map(str, found['options']['proj_dims']))}. "
+        f"Sources: {', '.join(found['sources'])}. Percent of the first one, and the first ten, "
+        "from the target's source.\n\n"
+        + table(names, ["top1", "top10"], lambda m, c: percent(of[m, c]), "method")
+    )
+
+
+def crosssource_verdict(found: Results) -> str:
+    """Whether the claims on the first one hold."""
+    lines = []
+    for peer in ("Gaussian", "own embeddings", "MiniLM embeddings"):
+        here = [r for r in found["compared"] if r["peer"] == peer]
+        if not here:
+            continue
+        for scheme in ("dropout", max(here, key=lambda r: r["top1"]["mean"])["scheme"]):
+            row = next(r for r in here if r["scheme"] == scheme)
+            lines.append(
+                verdict(
+                    f"Top-1 share of {scheme} at least that of {peer}",
+                    *above(row["top1"], 0),
+                    f"Difference {percent(row['top1'])} points.",
+                )
+            )
+    return "\n".join(dict.fromkeys(lines))
+
+
+def scale_points(found: Results) -> str:
+    """Measured points beside the estimate."""
+    rows = found["rows"]
+    names = [f"{r['shape']}, n = {r['n']}, k = {r['k']}, T = {r['tokens']}" for r in rows]
+    of = dict(zip(names, rows, strict=True))
+    cells: dict[str, Callable[[Row], str]] = {
+        "parameters": lambda r: f"{r['p'] / 1e6:.1f}M",
+        "seconds": lambda r: shown(r["seconds"]),
+        "of plain": lambda r: shown(r["of_plain"], 2),
+        "estimate of measured": lambda r: f"{r['of_measured']:.2f}",
+        "MB": lambda r: f"{r['megabytes']:.0f}" if r.get("megabytes") else "",
+        "estimated MB": lambda r: f"{r['predicted_megabytes']:.0f}" if r.get("megabytes") else "",
+    }
+    return f"{machine(found)}\n\n" + table(
+        names, list(cells), lambda n, c: cells[c](of[n]), "shape"
+    )
+
+
+def scale_verdict(found: Results) -> str:
+    """Exponents and the estimate."""
+    of = {(r["over"], r["of"]): r["exponent"] for r in found["exponents"]}
+    lines = [
+        verdict(
+            f"At most linear in {name}",
+            *below(of[name, "seconds"], 1.05),
+            f"Exponent {shown(of[name, 'seconds'], 2)}.",
+        )
+        for name in ("n", "k")
+        if (name, "seconds") in of
+    ]
+    lines.append(
+        verdict(
+            "In p no faster than the model's own backward",
+            *below(of["p", "seconds"], of["p", "plain"]["mean"] + 0.02),
+            f"Exponent {shown(of['p', 'seconds'], 2)}, of the plain step "
+            f"{shown(of['p', 'plain'], 2)}.",
+        )
+    )
+    times = [r["of_measured"] for r in [*found["rows"], *found["solving"]]]
+    room = [r["predicted_megabytes"] / r["megabytes"] for r in found["rows"] if r.get("megabytes")]
+    for what, shares in (("time", times), ("memory", room)):
+        inside = sum(0.75 <= share <= 1.25 for share in shares)
+        met = 0.0 if inside == len(shares) else -1.0
+        lines.append(
+            verdict(
+                f"Estimated {what} within 25 % of measured",
+                met,
+                met,
+                f"In {inside} of {len(shares)} points; from {min(shares):.2f} to "
+                f"{max(shares):.2f} of measured.",
+            )
+        )
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "lds scores": ("lds", lds_scores),
+    "lds equal k": ("lds", lds_equal_k),
+    "lds equal time": ("lds", lds_equal_time),
+    "mislabel auc": ("mislabel", mislabel_auc),
+    "mislabel recall": ("mislabel", mislabel_recall),
+    "mislabel verdict": ("mislabel", mislabel_verdict),
+    "retrain loss": ("retrain", retrain_loss),
+    "retrain verdict": ("retrain", retrain_verdict),
+    "crosssource shares": ("crosssource", crosssource_shares),
+    "crosssource verdict": ("crosssource", crosssource_verdict),
+    "scale points": ("scale", scale_points),
+    "scale verdict": ("scale", scale_verdict),
+}
+
+
+def written(page: str) -> str:
+    """The page with every block made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        study, make = BLOCKS[match[1]]
+        found = results(study)
+        text = "Not yet run." if found is None else make(found)
+        return f"<!-- {match[1]} -->\n\n{text}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- ([a-z ]+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite or check the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    options = parser.parse_args()
+    old = PAGE.read_text()
+    new = written(old)
+    if options.check:
+        sys.exit(
+            f"{PAGE} is not what benchmarks/document.py makes of the results" if new != old else 0
+        )
+    PAGE.write_text(new)
+    print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The cost model counts rightly; its constants are only checked for sense."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from trak_dropout.cli import main
+from trak_dropout.estimate import Speed, Work, calibrate, estimate
+
+SPEED = Speed(batch=0.5, multiply_add=1e-3, coordinate=1e-2, product=1e-4)
+
+
+@pytest.mark.parametrize(("width", "layers", "vocabulary"), [(32, 1, 50), (64, 3, 100)])
+def test_parameters_are_those_of_a_gpt_neox_model(width: int, layers: int, vocabulary: int) -> None:
+    config = GPTNeoXConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=4 * width,
+    )
+    model = GPTNeoXForCausalLM(config)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert Work.transformer(width, layers, vocabulary, 16).parameters == size
+
+
+def test_time_is_the_sum_of_its_parts() -> None:
+    work = Work(parameters=1000, multiply_adds=5000, tokens=2, activations=10)
+    found = estimate(work, SPEED, 30, 4, fold=3, checkpoints=2, targets=7, batch_size=10)
+    sample = 5000 * 1e-3 + 12 * 2 * 1e-2 + 0.5 / 10
+    assert math.isclose(found.collecting, 2 * 30 * sample)
+    solve = 1e-4 * (2 * 30 * 4 * 4 + 4**3 / 3 + 30 * 4 * 7)
+    assert math.isclose(found.scoring, 2 * (7 * sample + solve))
+    assert found.store == 2 * (30 * 4 * 4 + 1000 * 4)
+    assert found.weights == 4000
+
+
+def test_taking_coordinates_costs_at_most_a_product() -> None:
+    work = Work.dense(1000, 1)
+    few, many = (estimate(work, SPEED, 10, k, fold=1).collecting for k in (10, 10**6))
+    model = 10 * (1000 * 1e-3 + 0.5 / 16)
+    assert model < few < many
+    assert math.isclose(many, model + 10 * 1000 * 1e-3 / 2)
+
+
+def test_linear_in_samples() -> None:
+    work = Work.transformer(64, 2, 100, 16)
+    one, ten = (estimate(work, SPEED, n, 64).collecting for n in (100, 1000))
+    assert math.isclose(ten, 10 * one)
+
+
+@pytest.mark.parametrize("name", ["proj_dim", "samples", "batch_size", "checkpoints"])
+def test_sizes_must_be_positive(name: str) -> None:
+    sizes = {"samples": 10, "proj_dim": 4, name: 0}
+    with pytest.raises(ValueError, match=name):
+        estimate(Work.dense(1000, 1), SPEED, **sizes)
+
+
+def test_calibration_leaves_the_random_state_and_gives_constants() -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    speed = calibrate(8, repeats=1, vocabulary=32)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(math.isfinite(value) and value >= 0 for value in vars(speed).values())
+    assert speed.multiply_add > 0
+
+
+def test_command(capsys: pytest.CaptureFixture) -> None:
+    words = ["estimate", "--model", "64x2x100", "--tokens", "8", "--samples", "100", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == Work.transformer(64, 2, 100, 8).parameters
+    assert found["collecting"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "pythia-9b"], "pythia-9b"),
+        (["--model", "64x2"], "WIDTHxLAYERSxVOCABULARY"),
+        (["--parameters", "0"], "--parameters"),
+        (["--parameters", "1e6", "--tokens", "0"], "--tokens"),
+    ],
+)
+def test_command_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["estimate", *words, "--samples", "10"]) == 1
+    assert said in capsys.readouterr().err
