@@ -9,9 +9,9 @@ from inspect import getdoc
 from types import ModuleType
 
 from trak_dropout import __version__
-from trak_dropout.commands import demo
+from trak_dropout.commands import demo, select
 
-COMMANDS: tuple[ModuleType, ...] = (demo,)
+COMMANDS: tuple[ModuleType, ...] = (demo, select)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
