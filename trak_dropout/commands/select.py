@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--given", type=Path, metavar="NPY", help="numbers of samples that are there anyway"
     )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="facility location as in the paper: do not put off samples that harm on the whole",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write; .npy or text")
 
 
@@ -54,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         count=options.count,
         method=options.method,
         given=() if options.given is None else _array(options.given),
+        helpful_first=not options.plain,
     )
     if options.out is None:
         print("\n".join(map(str, chosen.tolist())))

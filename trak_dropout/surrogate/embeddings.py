@@ -110,16 +110,20 @@ def text_embeddings(
     return _finite("the encoder's embeddings", rows)
 
 
-def with_labels(embeddings: ArrayLike, labels: ArrayLike, classes: int) -> NDArray[np.float32]:
+def with_labels(
+    embeddings: ArrayLike, labels: ArrayLike, classes: int, products: bool = False
+) -> NDArray[np.float32]:
     """Append labels, one-hot: the influence of a sample depends on its label.
 
     Args:
         embeddings: ``(n, d)``.
         labels: integers from 0 to ``classes - 1``, ``(n,)``.
         classes: number of classes.
+        products: append the embedding once more for each class, scaled to unit length, zero but for
+            the sample's own; a network then need not learn that likeness counts within a class.
 
     Returns:
-        float32 ``(n, d + classes)``.
+        float32 ``(n, d + classes)``, or with products ``(n, d + classes + classes d)``.
 
     Raises:
         ValueError: shapes do not match, or a label is out of range.
@@ -135,7 +139,13 @@ def with_labels(embeddings: ArrayLike, labels: ArrayLike, classes: int) -> NDArr
         raise ValueError(
             f"labels must lie from 0 to {classes - 1}, got {numbers.min()} to {numbers.max()}"
         )
-    return np.concatenate([rows, np.eye(classes, dtype=np.float32)[numbers]], axis=1)
+    own = np.eye(classes, dtype=np.float32)[numbers]
+    parts = [rows, own]
+    if products:
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        unit = rows / np.where(length > 0, length, 1)
+        parts.append((own[:, :, None] * unit[:, None]).reshape(len(rows), classes * rows.shape[1]))
+    return np.concatenate(parts, axis=1)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

@@ -39,6 +39,7 @@ def select(
     count: int | None = None,
     method: Literal["facility_location", "top"] = "facility_location",
     given: ArrayLike = (),
+    helpful_first: bool = True,
 ) -> NDArray[np.int64]:
     """Choose training samples by their influence on targets.
 
@@ -55,6 +56,11 @@ def select(
             by mean. ``"top"`` takes the largest mean influences.
         given: numbers of training samples that are there anyway: they are not chosen, and targets
             that they cover count only for what is beyond (conditional gain).
+
+        helpful_first: whether facility location turns to samples whose mean influence is negative
+            only when all others are chosen. Because harm counts nothing there, mislabeled samples,
+            which help the targets of their wrong label, would be taken otherwise; False is the
+            paper's facility location.
 
     Returns:
         Numbers of the chosen samples, int64, in the order of choice, without repetition.
@@ -88,10 +94,13 @@ def select(
     by_mean = free[np.argsort(-means, kind="stable")]
     if method == "top":
         return by_mean[:count]
-    chosen = _cover(influences, free, count, have)
-    if len(chosen) < count:
-        rest = by_mean[~np.isin(by_mean, chosen)]
-        chosen = np.concatenate([chosen, rest[: count - len(chosen)]])
+    helpful = means > 0
+    chosen = have[:0]
+    for group in (free[helpful], free[~helpful]) if helpful_first else (free,):
+        wanted = min(count - len(chosen), len(group))
+        covering = _cover(influences, group, wanted, have)
+        rest = by_mean[np.isin(by_mean, np.setdiff1d(group, covering))]
+        chosen = np.concatenate([chosen, covering, rest[: wanted - len(covering)]])
     return chosen
 
 
