@@ -306,7 +306,7 @@ def scaled(guess: np.ndarray, rows: Any, columns: Any, block: np.ndarray) -> np.
 
 NETWORKS = {"network (paper)": ("concat", 100, 1), "network (product)": ("product", 100, 1)}
 STUDY = {
-    **{f"paper, hidden {h}": ("concat", h, 1) for h in (25, 400)},
+    "paper, hidden 400": ("concat", 400, 1),
     **{f"product, hidden {h}": ("product", h, 1) for h in (25, 400)},
     "product, 4 networks": ("product", 100, 4),
 }
@@ -359,7 +359,7 @@ def study(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
             return net, clock("predict", lambda: net.predict(x, y))
 
     for seed in range(options.seeds):
-        for share in options.shares:
+        for share in options.shares[: None if seed == 0 else 1]:
             axes = sample_axes(n, m, share, seed)
             clock = Clock()
             some = compressed(setting, models, options.proj_dim, clock, *axes)

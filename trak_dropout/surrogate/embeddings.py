@@ -58,7 +58,8 @@ def penultimate_embeddings(
     parts = []
     handle = modules[layer].register_forward_pre_hook(keep)
     try:
-        with preserved(model, weights=False), torch.no_grad():
+        # A DataLoader draws a seed whenever it is read.
+        with preserved(model, weights=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
             for raw in in_dataset_order(loader):
                 seen.clear()

@@ -226,22 +226,27 @@ class InfluenceNetwork(pl.LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Squared error, and the ranking loss where asked for."""
-        found = self.net.pairs(*self.net.encode(batch[0], batch[1]))
-        loss = (found - batch[2]).square().mean(1).sum()
+        left, right = self._encoded(batch)
+        found = self.net.pairs(left, right)
+        loss = (found - batch[4]).square().mean(1).sum()
         if self._learning["ranking"]:
-            other = self.net.pairs(*self.net.encode(batch[3], batch[1]))
-            order = torch.sign(batch[2] - batch[4])
+            other = self.net.pairs(self.net.encode_source(batch[5]), right)
+            order = torch.sign(batch[4] - batch[6])
             ranked = nn.functional.softplus(-order * (found - other)) * order.abs()
             loss = loss + self._learning["ranking"] * ranked.mean(1).sum()
-        self.log("train_loss", loss.detach() / self.ensemble, batch_size=len(batch[2]))
+        self.log("train_loss", loss.detach() / self.ensemble, batch_size=len(batch[4]))
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Squared error of the mean of the ensemble."""
-        found = self.net.pairs(*self.net.encode(batch[0], batch[1])).mean(0)
-        errors = (found - batch[2]).square()
+        errors = (self.net.pairs(*self._encoded(batch)).mean(0) - batch[4]).square()
         self._errors.append(errors)
         self.log("val_loss", errors.mean(), batch_size=len(errors))
+
+    def _encoded(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Encodings of both sides of a batch's pairs; each example is encoded once."""
+        left = self.net.encode_source(batch[0]).index_select(1, batch[1])
+        return left, self.net.encode_target(batch[2]).index_select(1, batch[3])
 
     def on_validation_epoch_end(self) -> None:
         """Keep the best weights so far."""
@@ -493,7 +498,7 @@ class PredictedInfluences:
     def __getitem__(self, rows: Any) -> NDArray[np.float32]:
         """Rows by a slice, or by an array of their numbers: float32 ``(r, m)``."""
         network = self._network
-        some = self._source[rows if isinstance(rows, slice) else torch.as_tensor(rows)]
+        some = self._source[rows if isinstance(rows, slice) else torch.from_numpy(np.array(rows))]
         step = max(1, _BLOCK_FLOATS // (_TARGETS * network.ensemble * network.net.values_per_pair))
         result = np.empty((len(some), self.shape[1]), dtype=np.float32)
         with torch.no_grad():
@@ -614,7 +619,10 @@ class _Product(_Network):
 
 
 class _Pairs(Dataset[list[Tensor]]):
-    """Batches of pairs: source, target, influence; and another source of the same target."""
+    """Batches of pairs: the examples of each side and which of them each pair has, influences.
+
+    And, where asked for, another source of the same target with its influence.
+    """
 
     def __init__(
         self, source: Tensor, target: Tensor, index: Tensor, values: Tensor, others: bool
@@ -633,7 +641,11 @@ class _Pairs(Dataset[list[Tensor]]):
     def __getitem__(self, numbers: list[int]) -> list[Tensor]:
         chosen = torch.tensor(numbers)
         rows, columns = self._index[chosen].T
-        batch = [self._source[rows], self._target[columns], self._values[chosen]]
+        batch = []
+        for side, some in ((self._source, rows), (self._target, columns)):
+            distinct, which = torch.unique(some, return_inverse=True)
+            batch += [side[distinct], which]
+        batch.append(self._values[chosen])
         if self._others:
             place = torch.rand(len(chosen)) * self._counts[columns]
             other = self._starts[columns] + place.long()
