@@ -486,6 +486,8 @@ def selection(
         "facility location": {},
         "facility location, plain": {"helpful_first": False},
         "top": {"method": "top"},
+        "facility location by class": {"groups": setting.train[1].numpy()},
+        "top by class": {"method": "top", "groups": setting.train[1].numpy()},
     }
     true = {name: select(truth, 0.3, **way) for name, way in ways.items()}
     for item in chosen:

@@ -79,6 +79,23 @@ def test_helpful_first_puts_off_what_harms_on_the_whole() -> None:
     assert select(influences, count=4).tolist()[-1] == 0
 
 
+@settings(deadline=None, max_examples=50)
+@given(n=st.integers(2, 40), kinds=st.integers(1, 5), share=st.floats(0.05, 1), top=st.booleans())
+def test_groups_get_the_same_share(n: int, kinds: int, share: float, top: bool) -> None:
+    random = np.random.default_rng(n)
+    influences, groups = random.standard_normal((n, 5)), random.integers(0, kinds, n)
+    method: Any = "top" if top else "facility_location"
+    chosen = select(influences, share, groups=groups, method=method)
+    assert len(set(chosen.tolist())) == len(chosen) == max(1, round(share * n))
+    for group in range(kinds):
+        members = np.flatnonzero(groups == group)
+        some = chosen[np.isin(chosen, members)]
+        assert abs(len(some) - len(chosen) * len(members) / n) < 1
+        if len(some):
+            alone = select(influences[members], count=len(some), method=method)
+            assert some.tolist() == members[alone].tolist()
+
+
 def test_top_takes_the_largest_means() -> None:
     influences = np.random.default_rng(0).standard_normal((50, 7))
     expected = np.argsort(-influences.mean(1), kind="stable")
@@ -118,6 +135,8 @@ def test_refusals_name_what_is_wrong() -> None:
         (good, {"given": [-1]}, "given"),
         (good, {"given": [0.5]}, "given"),
         (good, {"method": "best"}, "method"),
+        (good, {"groups": [0, 1]}, "groups"),
+        (good, {"groups": [0.5] * 4}, "groups"),
         (good[:0], {}, "shape"),
         (good[0], {}, "shape"),
         (good * np.where(good > 0, np.nan, 1), {}, "NaN or infinite"),

@@ -156,6 +156,8 @@ class InfluenceNetwork(pl.LightningModule):
         index, values = _pairs(influences, pairs, len(source), len(target))
         generator = torch.Generator().manual_seed(seed)
         held = _held_out(index, validation, generator)
+        if not bool((values[~held] != values[~held][0]).any()):
+            held = torch.zeros_like(held)  # whatever varies was held out
         mean, scale = values[~held].mean(), values[~held].std(correction=0)
         if float(values.min()) == float(values.max()) or not float(scale) > 0:
             raise ValueError(

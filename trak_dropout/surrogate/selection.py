@@ -39,6 +39,7 @@ def select(
     count: int | None = None,
     method: Literal["facility_location", "top"] = "facility_location",
     given: ArrayLike = (),
+    groups: ArrayLike | None = None,
     helpful_first: bool = True,
 ) -> NDArray[np.int64]:
     """Choose training samples by their influence on targets.
@@ -57,6 +58,8 @@ def select(
         given: numbers of training samples that are there anyway: they are not chosen, and targets
             that they cover count only for what is beyond (conditional gain).
 
+        groups: the group of each training sample, such as its label, integers ``(n,)``: the same
+            share is chosen of each, group by group. Influence alone may leave out whole classes.
         helpful_first: whether facility location turns to samples whose mean influence is negative
             only when all others are chosen. Because harm counts nothing there, mislabeled samples,
             which help the targets of their wrong label, would be taken otherwise; False is the
@@ -67,7 +70,7 @@ def select(
 
     Raises:
         ValueError: ``share`` or ``count`` is out of range, ``method`` is neither, ``given`` is out
-            of range, or an influence is NaN or infinite.
+            of range, ``groups`` does not fit, or an influence is NaN or infinite.
     """
     shape = tuple(influences.shape)
     if len(shape) != 2 or 0 in shape:
@@ -90,18 +93,43 @@ def select(
             f"count={count} is above the {shape[0] - len(have)} training samples to choose from"
         )
     free = np.setdiff1d(np.arange(shape[0]), have)
-    means = np.concatenate([block.mean(1) for _, block in _blocks(influences, free)])
-    by_mean = free[np.argsort(-means, kind="stable")]
-    if method == "top":
-        return by_mean[:count]
-    helpful = means > 0
-    chosen = have[:0]
-    for group in (free[helpful], free[~helpful]) if helpful_first else (free,):
-        wanted = min(count - len(chosen), len(group))
-        covering = _cover(influences, group, wanted, have)
-        rest = by_mean[np.isin(by_mean, np.setdiff1d(group, covering))]
-        chosen = np.concatenate([chosen, covering, rest[: wanted - len(covering)]])
-    return chosen
+    means = np.zeros(shape[0])
+    for rows, block in _blocks(influences, free):
+        means[rows] = block.mean(1)
+    chosen = []
+    for members, wanted in _shares(free, count, groups, shape[0]):
+        by_mean = members[np.argsort(-means[members], kind="stable")]
+        if method == "top":
+            chosen.append(by_mean[:wanted])
+            continue
+        helpful = means[members] > 0
+        parts = (members[helpful], members[~helpful]) if helpful_first else (members,)
+        for part in parts:
+            few = min(wanted, len(part))
+            covering = _cover(influences, part, few, have)
+            rest = by_mean[np.isin(by_mean, np.setdiff1d(part, covering))]
+            chosen += [covering, rest[: few - len(covering)]]
+            wanted -= few
+    return np.concatenate(chosen)
+
+
+def _shares(
+    free: NDArray[np.int64], count: int, groups: ArrayLike | None, n: int
+) -> list[tuple[NDArray[np.int64], int]]:
+    """The members of each group that may be chosen, and how many to choose of them."""
+    if groups is None:
+        return [(free, count)]
+    numbers = np.asarray(groups)
+    if numbers.shape != (n,) or numbers.dtype.kind not in "iu":
+        raise ValueError(
+            f"groups must be one integer for each of the {n} training samples, got "
+            f"{numbers.shape} of {numbers.dtype}"
+        )
+    members = [free[numbers[free] == group] for group in np.unique(numbers[free])]
+    exact = np.array([count * len(some) / len(free) for some in members])
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: count - counts.sum()]] += 1
+    return list(zip(members, counts.tolist(), strict=True))
 
 
 def _cover(
