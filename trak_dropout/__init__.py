@@ -1,5 +1,8 @@
 """Training-data attribution by dropout of gradient coordinates: a plugin for TRAK and Lightning."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from trak_dropout import gradients, metrics
 from trak_dropout._version import __version__
 from trak_dropout.attribution import AttributionStore, open_store
@@ -30,6 +33,10 @@ from trak_dropout.trajectory import (
     trajectory_self_influence,
 )
 
+if TYPE_CHECKING:
+    from trak_dropout import surrogate
+    from trak_dropout.surrogate import InfluenceNetwork
+
 __all__ = [
     "AttributionStore",
     "BatchError",
@@ -42,6 +49,7 @@ __all__ = [
     "FactoredGradients",
     "GramError",
     "IncompleteStoreError",
+    "InfluenceNetwork",
     "LossOutput",
     "ManifestSaver",
     "NonFiniteGradientError",
@@ -55,8 +63,18 @@ __all__ = [
     "open_store",
     "plugin",
     "self_influence",
+    "surrogate",
     "top_influences",
     "trajectory_influences",
     "trajectory_scores",
     "trajectory_self_influence",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs Lightning when it is asked for."""
+    if name == "surrogate":
+        return import_module("trak_dropout.surrogate")
+    if name == "InfluenceNetwork":
+        return import_module("trak_dropout.surrogate").InfluenceNetwork
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,9 @@ from inspect import getdoc
 from types import ModuleType
 
 from trak_dropout import __version__
-from trak_dropout.commands import demo, estimate, inspect, report, score, verify
+from trak_dropout.commands import demo, estimate, inspect, report, score, select, verify
 
-COMMANDS: tuple[ModuleType, ...] = (demo, estimate, inspect, report, score, verify)
+COMMANDS: tuple[ModuleType, ...] = (demo, estimate, inspect, report, score, select, verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
