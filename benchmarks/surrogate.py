@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lds import fashion_mnist
+from _data import fashion_mnist
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from torch import Tensor, nn
@@ -245,11 +245,12 @@ def influences(
     computer = DampedScoreComputer(damping=damping)
     for grads, factors, targets in found:
         gram = clock("gram", computer.get_xtx, grads)
-        solve = clock("solve", computer.solver, gram, grads)
-        solved = clock("solve", solve, targets)
-        if grads.shape[1] > len(grads):
-            total = total + solved.T
+        n, k = grads.shape
+        factor = clock("solve", computer.decompose, gram, n, k)
+        if k > n:
+            total = total + clock("solve", computer.solve, factor, targets, grads.double()).T
         else:
+            solved = clock("solve", computer.solve, factor, targets).float()
             total = total + clock("product", torch.matmul, grads, solved.T)
         weight = weight + factors
     return (total * weight / len(found) ** 2).numpy()

@@ -22,13 +22,14 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from trak_dropout._checks import check_integer
 from trak_dropout._safetensors import load_tensors, save_tensors
-from trak_dropout.ranking import _Best
+from trak_dropout.largest import PIECE, Largest
 from trak_dropout.surrogate.support import ExtrapolationWarning, Support
 
 Architecture = Literal["concat", "product"]
 FORMAT_VERSION = 1
 _BLOCK_FLOATS = 2**20  # of intermediate values in prediction: small enough for caches
-_TARGETS = 1024
+_TARGETS = 128
+_CLIP = 10.0  # deviations: beyond, a column says no more than that it is large
 
 
 class InfluenceNetwork(pl.LightningModule):
@@ -344,13 +345,16 @@ class InfluenceNetwork(pl.LightningModule):
         if check_integer("k", k, minimum=1) > len(source):
             raise ValueError(f"k={k} is above the number of sources, {len(source)}")
         sign = -1.0 if harmful else 1.0
-        tops: dict[int, _Best] = {}
+        tops: dict[int, Largest] = {}
         for rows, columns, found in self._predictions(source, target):
-            few = columns.stop - columns.start
-            top = tops.setdefault(columns.start, _Best(few, k, self.device))
-            top.add(sign * self._restored(found.mean(0)), rows.start)
-        indices = torch.cat([top.indices for top in tops.values()]).cpu().numpy()
-        values = torch.cat([top.values for top in tops.values()]).cpu().numpy()
+            few, count = columns.stop - columns.start, rows.stop - rows.start
+            top = tops.setdefault(columns.start, Largest(few, k, self.device))
+            padded = torch.full((few, -(-count // PIECE) * PIECE), -torch.inf, device=self.device)
+            padded[:, :count] = sign * self._restored(found.mean(0)).T
+            top.add(padded, rows.start)
+        settled = [top.settle() for top in tops.values()]
+        values = torch.cat([best for best, _ in settled]).cpu().numpy()
+        indices = torch.cat([numbers for _, numbers in settled]).cpu().numpy()
         return indices, np.float32(sign) * values
 
     def _ready(self, source: Any, target: Any) -> tuple[Tensor, Tensor]:
@@ -373,7 +377,7 @@ class InfluenceNetwork(pl.LightningModule):
                 columns = slice(first, min(first + _TARGETS, len(target)))
                 right = self.net.encode_target(target[columns])
                 width = self.ensemble * (columns.stop - columns.start)
-                step = max(1, _BLOCK_FLOATS // (width * self.net.values_per_pair))
+                step = max(1, _BLOCK_FLOATS // (width * self.net.values_per_pair * PIECE)) * PIECE
                 for start in range(0, len(source), step):
                     rows = slice(start, min(start + step, len(source)))
                     yield rows, columns, self.net.grid(self.net.encode_source(source[rows]), right)
@@ -467,7 +471,7 @@ class InfluenceNetwork(pl.LightningModule):
 
     def _standardised(self, side: str, rows: Tensor) -> Tensor:
         mean, scale = self._scales[side].to(rows.device)
-        return (rows - mean) / scale
+        return ((rows - mean) / scale).clamp(-_CLIP, _CLIP)
 
     def _restored(self, found: Tensor) -> Tensor:
         mean, scale = self._scales["influences"].to(found.device)

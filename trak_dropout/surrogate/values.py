@@ -13,13 +13,12 @@ from torch import Tensor
 from trak import TRAKer
 
 from trak_dropout._checks import check_integer
-from trak_dropout.scoring import (
-    _FLATNESS,
-    DampedScoreComputer,
-    GramError,
-    files_and_computer,
-)
-from trak_dropout.store import FeatureFiles, IncompleteStoreError
+from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.scoring import _FLATNESS, DampedScoreComputer, GramError, refuse_zero
+from trak_dropout.store import FeatureFiles
+from trak_dropout.streaming import files_and_computer
+
+_BLOCK_ROWS = 4096
 
 
 def sample_axes(
@@ -104,52 +103,54 @@ def sampled_influences(
     for m in chosen:
         targets = _targets(files, m, exp_name)
         some = torch.from_numpy(np.array(files.grads(m)[picked]))
-        everything = files.file(m, "grads") if gram == "all" else some
-        gram_matrix = computer.get_xtx(everything)
-        damped = computer
-        if size > base:
-            damped = _extrapolated(computer, gram_matrix, files, m, picked, gram, size)
-        solved = damped.solver(gram_matrix, everything)(targets)
-        if everything.shape[1] > len(everything):  # solved are scores already
-            scores = solved.T if gram == "rows" else solved.T[torch.from_numpy(picked)]
+        file, k = files.file(m, "grads"), some.shape[1]
+        dual = k > base
+        if dual or gram == "rows":
+            whole = some if gram == "rows" else file.rows()
+            gram_matrix = computer.get_xtx(whole)
         else:
-            scores = some.to(computer.device, torch.float32) @ solved.T
+            gram_matrix = torch.zeros(k, k, dtype=torch.float64, device=computer.device)
+            for start, block in file.blocks(_BLOCK_ROWS, 0, n):
+                computer.add_to_gram(gram_matrix, block, start)
+            refuse_zero(gram_matrix)
+        damped, scale = computer, files.scale(m)
+        if size > base and computer.damping == "auto" and not computer.lambda_reg:
+            damped = _extrapolated(
+                computer, gram_matrix, some if gram == "rows" else file.rows(), size
+            )
+            scale = 1.0  # that damping was found on the gradients as they are stored
+        factor = damped.decompose(gram_matrix, base, k, scale=scale)
+        if dual:
+            inner = whole.to(computer.device, torch.float64)
+            scores = damped.solve(factor, targets, inner).T
+            scores = scores if gram == "rows" else scores[torch.from_numpy(picked)]
+        else:
+            scores = some.to(computer.device, torch.float64) @ damped.solve(factor, targets).T
         scores = scores * (base / size)
         total = scores if total is None else total + scores
         weight += files.out_to_loss(m)[picked].astype(np.float64)
     assert total is not None
-    result = total.cpu().numpy() * (weight / len(chosen) ** 2).astype(np.float32)
+    result = (total.cpu().numpy() * (weight / len(chosen) ** 2)).astype(np.float32)
     if not np.isfinite(result).all():
         raise GramError("scores leave the range of float32, or out-to-loss gradients do")
     return result
 
 
 def _extrapolated(
-    computer: DampedScoreComputer,
-    gram: Tensor,
-    files: FeatureFiles,
-    model_id: int,
-    picked: NDArray[np.int64],
-    kind: str,
-    size: int,
+    computer: DampedScoreComputer, gram: Tensor, grads: Tensor, size: int
 ) -> DampedScoreComputer:
     """The computer with the damping that ``"auto"`` would find for ``size`` rows like these.
 
     A relative number needs nothing: it scales with the Gram matrix. The rule of `automatic_ridge`
     takes ``|X X^T|_F^2``, whose diagonal grows with n and whose rest with its square.
     """
-    if computer.damping != "auto" or computer.lambda_reg:
-        return computer
-    grads = files.grads(model_id)
-    norms = np.square((grads[picked] if kind == "rows" else grads).astype(np.float64)).sum(1)
-    count = len(norms)
+    norms, count = grads.double().square().sum(1), len(grads)
     if count < 2:
         raise ValueError("rows: 'auto' damping from a sample needs two rows at least, got 1")
-    diagonal = float(np.square(norms).sum())
+    diagonal = float(norms.square().sum())
     apart = float(gram.square().sum()) - diagonal
     frobenius = size * (size - 1) * apart / (count * (count - 1)) + size * diagonal / count
-    mean = float(norms.mean())
-    ridge = _FLATNESS * mean**2 / math.sqrt(frobenius / size)
+    ridge = _FLATNESS * float(norms.mean()) ** 2 / math.sqrt(frobenius / size)
     return DampedScoreComputer(computer.dtype, computer.device, lambda_reg=ridge * count / size)
 
 
