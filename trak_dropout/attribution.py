@@ -219,6 +219,7 @@ class AttributionStore(Store):
         if not exp_name or Path(exp_name).name != exp_name:
             raise ValueError(f"exp_name must be a plain name, got {exp_name!r}")
         count = 0
+        self.remove_targets(exp_name)  # of checkpoints that are not among these now, too
         for model_id, targets in self._featurized(loader, model, self.choose(model_ids), progress):
             self.write_targets(model_id, exp_name, targets.cpu().numpy())
             count = len(targets)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from inspect import getdoc
 from types import ModuleType
 
-from trak_dropout import __version__
+from trak_dropout import RankError, __version__
 from trak_dropout.commands import demo, estimate, inspect, report, score, select, verify
 
 COMMANDS: tuple[ModuleType, ...] = (demo, estimate, inspect, report, score, select, verify)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if extra is None or (error.name or "").partition(".")[0] == "trak_dropout":
             raise
         message = f"needs {error.name}: pip install 'trak_dropout[{extra}]'"
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RankError) as error:
         message = str(error)
     print(f"trak-dropout {options.command}: {message}", file=sys.stderr)
     return 1

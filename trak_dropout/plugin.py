@@ -55,7 +55,7 @@ def plugin(
         "projector": projector,
         "gradient_computer": FactoredGradientComputer,
         "score_computer": partial(
-            DampedScoreComputer, damping=check_damping(damping), scale=projector.stored_factor
+            DampedScoreComputer, damping=check_damping(damping), scales=lambda: projector.scales
         ),
         "saver": partial(ManifestSaver, projector=projector),
     }

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from trak_dropout._files import write_json
 from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout._version import __version__
 
@@ -22,7 +25,8 @@ try:
 except ModuleNotFoundError:  # Windows: nothing keeps two processes from doing the same at once
     fcntl = None  # type: ignore[assignment]
 
-_PREFIX = ".unfinished_"
+PREFIX = ".unfinished_"
+_LOCK, _INPUTS = "lock", "inputs.json"
 _SECONDS = 30.0
 
 
@@ -58,25 +62,32 @@ class Progress:
         (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
 
+def fingerprint(file: Path, *about: Any) -> list[Any]:
+    """What tells a file from others that once had its name, as JSON values."""
+    stat = file.stat()
+    return [str(file), stat.st_size, stat.st_mtime_ns, *about]
+
+
 @contextmanager
 def unfinished(
     root: Path,
-    name: str,
-    inputs: Any,
+    kind: str,
+    inputs: Sequence[list[Any]],
     arguments: Any,
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Progress]:
     """Open the progress of a computation, of an interrupted one where there is any.
 
-    The folder goes when the computation ends, by a result or by an error of its own, and stays when
-    it is interrupted or killed. Those left behind by other inputs are removed.
+    The folder goes when the computation ends, by a result or because its inputs are refused, and
+    stays when it is interrupted, killed, or out of memory or disk. Folders whose inputs have
+    changed since are removed.
 
     Args:
         root: the store's directory. Where it cannot be written, progress is kept in a temporary
             directory, and lost when interrupted.
-        name: what is computed.
-        inputs: JSON values that tell the files read from those once read under the same names.
+        kind: what is computed, a plain word.
+        inputs: the `fingerprint` of each file read.
         arguments: JSON values on which the result depends otherwise.
         rank: number of the process, of those that share the computation.
         world: how many there are.
@@ -84,25 +95,23 @@ def unfinished(
     Yields:
         The progress.
     """
-    now = f"{_PREFIX}{name}_{_digest([__version__, inputs])}"
-    mine = f"{now}_{_digest(arguments)}"
+    text = json.dumps([__version__, kind, inputs, arguments], sort_keys=True)
+    mine = f"{PREFIX}{kind}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     folder = root / f"{mine}_{rank}of{world}"
     lock = None
-    try:
-        for other in root.glob(f"{_PREFIX}{name}_*"):
-            if not other.name.startswith(now):
+    with contextlib.suppress(OSError):
+        for other in root.glob(f"{PREFIX}*"):
+            if not other.name.startswith(mine) and _is_stale(other):
                 _remove(other)
-        folder.mkdir(exist_ok=True)
-        lock = _lock(folder)
-    except OSError:
-        pass
+        lock = _taken(folder)
     if lock is None:  # not writable, or the same computation runs elsewhere
         with tempfile.TemporaryDirectory(prefix="trak_dropout_") as temporary:
             yield Progress(Path(temporary))
         return
     try:
+        write_json(folder / _INPUTS, inputs)
         yield Progress(folder)
-    except Exception:
+    except ValueError:  # what it read is refused, so going on would help nobody
         lock.close()
         _remove(folder)
         raise
@@ -114,8 +123,13 @@ def unfinished(
         _remove(left)
 
 
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+def _is_stale(folder: Path) -> bool:
+    """Whether the files that a computation read have changed since."""
+    try:
+        inputs = json.loads((folder / _INPUTS).read_text())
+        return any(fingerprint(Path(name))[1:] != about[:2] for name, *about in inputs)
+    except (OSError, ValueError):
+        return True
 
 
 def _remove(folder: Path) -> None:
@@ -126,10 +140,25 @@ def _remove(folder: Path) -> None:
         lock.close()
 
 
+def _taken(folder: Path) -> BinaryIO | None:
+    """Make a folder and take it for this process, if no other has it."""
+    for _ in range(3):
+        folder.mkdir(exist_ok=True)
+        lock = _lock(folder)
+        if lock is None:
+            return None
+        # Another process may have removed the folder between making it and taking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(lock.fileno()).st_ino == (folder / _LOCK).stat().st_ino:
+                return lock
+        lock.close()
+    return None
+
+
 def _lock(folder: Path) -> BinaryIO | None:
     """Take a folder for this process, if no other has it."""
     try:
-        file = (folder / "lock").open("wb")
+        file = (folder / _LOCK).open("wb")
     except OSError:
         return None
     if fcntl is not None:

@@ -357,10 +357,6 @@ class DropoutProjector(AbstractProjector):
             f"dtype={self.dtype}, device={str(self.device)!r})"
         )
 
-    def stored_factor(self) -> float:
-        """Return what a float16 store's current checkpoint was multiplied by; 1 elsewhere."""
-        return 1.0 if self.scales is None else self.scales.factor()
-
     def kept(self, model_id: int = 0) -> dict[str, int]:
         """Count how many coordinates of each parameter are kept.
 

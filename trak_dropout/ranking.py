@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from trak import TRAKer
 
 from trak_dropout._checks import check_integer
+from trak_dropout._files import replacing
 from trak_dropout._html import describe_html
 from trak_dropout.largest import PIECE, Largest
 from trak_dropout.progress import Progress, unfinished
@@ -26,13 +26,14 @@ from trak_dropout.store import FeatureFiles
 from trak_dropout.streaming import (
     DEFAULT_MEMORY,
     files_and_computer,
-    fingerprint,
+    fingerprints,
+    mean_out_to_loss,
     streamed_gram,
 )
 
 METHODS = ("influence", "dot", "cosine")
 # Above it rounding to float32 could change scores by more than 1e-5 of their size.
-_CANCELLATION = 50.0
+_CANCELLATION = 20.0
 
 _SHOWN_TARGETS, _SHOWN_SAMPLES = 20, 8
 
@@ -133,29 +134,40 @@ def top_influences(
     if method != "influence" and damping is not None:
         raise ValueError(f"damping={damping!r} has no meaning for method={method!r}; leave it out")
     chosen = files.choose(model_ids)
-    check_integer("k", k, minimum=1)
+    k, memory = check_integer("k", k, minimum=1), check_integer("memory", memory, minimum=1)
+    harmful = bool(harmful)
     rows = {m: files.file(m, "grads") for m in chosen}
-    n = min(map(len, rows.values()))
+    weight = _row_weights(files, chosen, method) * (-1.0 if harmful else 1.0)
+    n = len(weight)
     if k > n:
         raise ValueError(f"k={k} is above the number of training samples, {n}")
-    targets = {m: _targets(files, m, exp_name, groups) for m in chosen}
-    weight = _row_weights(files, chosen, method) * (-1.0 if harmful else 1.0)
-    inputs = fingerprint(*rows.values(), *(files.file(m, f"{exp_name}_grads") for m in chosen))
-    numbers = None if groups is None else [int(group) for group in groups]
-    arguments = [k, harmful, numbers, method, computer.damping, computer.lambda_reg, memory]
-    shards, name = Shards(fabric, n), f"top_{exp_name}"
-    with unfinished(files.save_dir, name, inputs, arguments, shards.rank, shards.world) as work:
+    targets = {m: Targets(files, m, exp_name, groups) for m in chosen}
+    if len({len(found) for found in targets.values()}) > 1:
+        raise IncompleteStoreError(
+            f"exp_name={exp_name!r} has other numbers of targets for other checkpoints: "
+            + ", ".join(f"{len(found)} for {m}" for m, found in targets.items())
+            + "; add or score them again, or give model_ids"
+        )
+    read = [*rows.values(), *(files.file(m, "out_to_loss") for m in chosen)]
+    inputs = fingerprints(*read, *(found.file for found in targets.values()))
+    scales = {m: files.scale(m) for m in chosen}
+    numbers = None if groups is None else np.asarray(groups).tolist()
+    how = [method, computer.damping, computer.lambda_reg, list(scales.values())]
+    arguments = [exp_name, k, harmful, numbers, memory, *how]
+    shards = Shards(fabric, n)
+    with unfinished(files.save_dir, "top", inputs, arguments, shards.rank, shards.world) as work:
         solved = {}
         hidden = not progress or shards.rank > 0
         for m, file in rows.items():
-            scale = files.scale(m)
             if method == "influence":
                 solved[m] = _solved(
-                    computer, file, targets[m], shards, work, m, scale, memory, hidden
+                    computer, file, targets[m], shards, work, m, scales[m], memory, hidden
                 )
             else:
-                plain = _plain(targets[m], method, scale)
-                solved[m] = _kept(work, m, (len(plain), file.shape[1]), [plain])
+                parts = _plain(
+                    targets[m], method, scales[m], max(1, memory // (40 * file.shape[1]))
+                )
+                solved[m] = _kept(work, m, (len(targets[m]), file.shape[1]), parts)
         with shards.agreed():
             best = _best(rows, solved, weight, k, method, shards, work, memory, computer, hidden)
     values, indices = _merged(best, k, shards)
@@ -165,20 +177,15 @@ def top_influences(
 
 def _row_weights(files: FeatureFiles, chosen: Sequence[int], method: str) -> Tensor:
     """What the sum over checkpoints is multiplied by for each training sample, float32 ``(n,)``."""
-    if method == "cosine":
-        return torch.full((len(files.file(chosen[0], "grads")),), 1 / len(chosen))
-    found = [files.file(m, "out_to_loss").rows()[:, 0].double() for m in chosen]
-    weight = torch.stack(found).mean(0)
-    if not bool(torch.isfinite(weight).all()):
-        bad = torch.nonzero(~torch.isfinite(weight)).flatten().tolist()
-        raise GramError(f"out-to-loss gradients of samples {bad[:10]} are NaN or infinite")
+    weight = mean_out_to_loss(files, chosen)
+    weight = torch.ones_like(weight) if method == "cosine" else weight
     return (weight / len(chosen)).to(torch.float32)
 
 
 def _solved(
     computer: DampedScoreComputer,
     file: RowFile,
-    targets: Tensor,
+    targets: Targets,
     shards: Shards,
     work: Progress,
     model_id: int,
@@ -195,32 +202,37 @@ def _solved(
     with tqdm(total=n // shards.world, desc=f"Gram matrix {model_id}", disable=hidden) as bar:
         gram = streamed_gram(computer, file, shards, work, f"gram_{model_id}", memory, bar)
     factor = computer.decompose(gram, n, k, scale=scale)
-    whole = file.rows().to(computer.device, torch.float64) if k > n else None
+    step = max(1, memory // (40 * max(n, k) if k > n else 40 * k))
     cancellation: list[Tensor] = []
 
-    def parts(step: int) -> Iterator[Tensor]:
-        for start in range(0, len(targets), step):
-            part = computer.solve(factor, targets[start : start + step], whole)
-            if whole is None:
+    def parts() -> Iterator[Tensor]:
+        for block in targets.blocks(step):
+            refuse_targets(block)
+            right = block.to(computer.device, torch.float64).T
+            if k > n:
+                few = max(1, memory // (40 * k))
+                right = torch.cat(
+                    [computer.checked(x, first) @ right for first, x in file.blocks(few)]
+                )
+            part = computer.solve_for(factor, right)
+            if k <= n:
                 cancellation.append(computer.cancellation(gram, part).cpu())
             yield part
         if cancellation:
             work.keep(f"cancellation_{model_id}", {"values": torch.cat(cancellation)})
 
-    shape = (len(targets), min(n, k))
-    found = _kept(work, model_id, shape, parts(max(1, memory // (40 * k))))
+    found = _kept(work, model_id, (len(targets), min(n, k)), parts())
     work.drop(f"gram_{model_id}")
     return found
 
 
-def _plain(targets: Tensor, method: str, scale: float) -> Tensor:
-    """What training rows are multiplied with for the baselines."""
-    refuse_targets(targets)
-    found = targets.double()
-    found /= found.norm(dim=1, keepdim=True) if method == "cosine" else scale**2
-    if not bool(torch.isfinite(found.float()).all()):
-        raise GramError("scores leave the range of float32: the gradients are too large or small")
-    return found
+def _plain(targets: Targets, method: str, scale: float, step: int) -> Iterator[Tensor]:
+    """What training rows are multiplied with for the baselines, a few targets at a time."""
+    for block in targets.blocks(step):
+        refuse_targets(block)
+        found = block.double()
+        found /= found.norm(dim=1, keepdim=True) if method == "cosine" else scale**2
+        yield found
 
 
 def _kept(
@@ -228,14 +240,11 @@ def _kept(
 ) -> RowFile:
     """Write rows to a file, which is there when it is whole."""
     done = work.folder / f"solved_{model_id}.npy"
-    beside = done.with_suffix(".part")
-    kept, written = np.lib.format.open_memmap(beside, "w+", np.float64, shape), 0
-    for part in parts:
-        kept[written : written + len(part)] = part.cpu().numpy()
-        written += len(part)
-    kept.flush()
-    del kept
-    os.replace(beside, done)
+    with replacing(done) as file:
+        header = {"descr": "<f8", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part.cpu().numpy(), dtype="<f8").data)
     return RowFile(done)
 
 
@@ -255,7 +264,7 @@ def _best(
     count = len(next(iter(solved.values())))
     n, device = shards.stop - shards.start, torch.device(computer.device)
     widest = max(matrix.shape[1] for matrix in rows.values())
-    step = max(1, min(count, memory // (16 * widest * len(rows))))
+    step = max(1, min(count, memory // (16 * widest * len(rows) + 64 * k)))
     enlarged = [work.load(f"cancellation_{m}") for m in rows]
     result = []
     with tqdm(total=count * n, desc="Scoring", disable=hidden) as bar:
@@ -311,6 +320,7 @@ def _products(
         if method != "influence" or file.shape[1] <= file.shape[0]
     }
     widest = max((rows[m].shape[1] for m in readers), default=0)
+    longest = {m: float(target.double().norm(dim=1).max()) for m, target in few.items()}
     space = torch.empty(block * widest, dtype=product.dtype, device=product.device)
     for at in range(first, stop, block):
         length = min(block, stop - at)
@@ -321,7 +331,11 @@ def _products(
                 out.copy_(part) if i == 0 else out.add_(part)
                 continue
             read = next(readers[m])[1].to(product.device)
-            by = factors if method == "influence" else _plain_weights(read, factors, method, at)
+            if product.dtype == torch.float64:  # else the product below would be one of float32
+                read, factors = read.double(), factors.double()
+            by = factors
+            if method != "influence":
+                by = _plain_weights(read, factors, method, at, longest[m])
             # Rows are converted anyway, so multiplying them with their weights costs nothing.
             scaled = space[: read.numel()].view(read.shape)
             torch.mul(read, by.unsqueeze(1), out=scaled)
@@ -332,13 +346,23 @@ def _products(
         yield at, length
 
 
-def _plain_weights(read: Tensor, factors: Tensor, method: str, first: int) -> Tensor:
+def _plain_weights(
+    read: Tensor, factors: Tensor, method: str, first: int, longest: float
+) -> Tensor:
     """Weights of rows for the baselines, which no Gram matrix has checked."""
-    norms = torch.linalg.vector_norm(read, dim=1, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(read.double(), dim=1)
     if not bool(torch.isfinite(norms).all()):
         bad = (first + torch.nonzero(~torch.isfinite(norms)).flatten()).tolist()
         raise GramError(f"compressed gradients of samples {bad[:10]} are NaN or infinite")
-    return factors / norms.clamp_min(torch.finfo().tiny) if method == "cosine" else factors
+    if method == "cosine":
+        return (factors.double() / norms.clamp_min(1e-300)).clamp_max(1e300).to(factors.dtype)
+    size = float(norms.max()) * longest
+    if size > 1e37 or 0 < size < 1e-30:
+        raise GramError(
+            f"inner products of gradients are of the order of {size:.0e}, out of the range of "
+            "float32; use method='cosine', or scale the loss"
+        )
+    return factors
 
 
 def _merged(best: Sequence[Largest], k: int, shards: Shards) -> tuple[Tensor, Tensor]:
@@ -356,45 +380,95 @@ def _merged(best: Sequence[Largest], k: int, shards: Shards) -> tuple[Tensor, Te
     return both[:, :k], torch.cat(shards.all(indices), 1).gather(1, order[:, :k])
 
 
-def _targets(
-    files: FeatureFiles, model_id: int, exp_name: str, groups: Sequence[int] | None
-) -> Tensor:
-    """Compressed gradients of the targets, or of the means of groups of them."""
-    try:
-        file = files.file(model_id, f"{exp_name}_grads")
-    except IncompleteStoreError as error:
-        known = files.save_dir / "experiments.json"
-        names = sorted(json.loads(known.read_text())) if known.is_file() else []
-        raise IncompleteStoreError(
-            f"exp_name={exp_name!r} has no targets for model_id={model_id}; known experiments: "
-            f"{', '.join(names) or 'none'} ({error})"
-        ) from error
-    targets = file.rows()
-    expected = files.file(model_id, "grads").shape[1]
-    if targets.shape[1] != expected:
-        raise IncompleteStoreError(
-            f"{file.file} has {targets.shape[1]} columns, the training gradients {expected}"
-        )
-    empty = torch.nonzero(~targets.any(dim=1)).flatten().tolist()
-    if empty or not len(targets):
-        raise IncompleteStoreError(
-            f"targets {empty[:10]} of exp_name={exp_name!r} are all zero for model_id={model_id}: "
-            "they have not been scored (completely)"
-        )
-    if groups is None:
-        return targets
-    numbers = torch.as_tensor(np.asarray(groups))
-    if (
-        numbers.shape != (len(targets),)
-        or numbers.dtype.is_floating_point
-        or int(numbers.min()) < 0
-    ):
+class Targets:
+    """Compressed gradients of the targets of an experiment, or of the means of groups of them.
+
+    Args:
+        files: the store.
+        model_id: the checkpoint.
+        exp_name: the targets' experiment name.
+        groups: for each target the number of its group, from 0 on.
+
+    Raises:
+        IncompleteStoreError: they are missing or damaged, or have another number of columns.
+        ValueError: ``groups`` does not fit them.
+    """
+
+    def __init__(
+        self,
+        files: FeatureFiles,
+        model_id: int,
+        exp_name: str,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        self._about = f"exp_name={exp_name!r} for model_id={model_id}"
+        try:
+            self.file = files.file(model_id, f"{exp_name}_grads")
+        except IncompleteStoreError as error:
+            known = files.save_dir / "experiments.json"
+            names = sorted(json.loads(known.read_text())) if known.is_file() else []
+            raise IncompleteStoreError(
+                f"exp_name={exp_name!r} has no targets for model_id={model_id}; known experiments: "
+                f"{', '.join(names) or 'none'} ({error})"
+            ) from error
+        expected = files.file(model_id, "grads").shape[1]
+        if self.file.shape[1] != expected:
+            raise IncompleteStoreError(
+                f"{self.file.file} has {self.file.shape[1]} columns, the training gradients "
+                f"{expected}"
+            )
+        if not len(self.file):
+            raise IncompleteStoreError(f"{self._about}: there are no targets")
+        self._groups = None if groups is None else _group_numbers(groups, len(self.file))
+
+    def __len__(self) -> int:
+        return len(self.file) if self._groups is None else int(self._groups.max()) + 1
+
+    def blocks(self, step: int) -> Iterator[Tensor]:
+        """Yield them, a few rows ``(b, k)`` at a time.
+
+        Args:
+            step: how many.
+
+        Raises:
+            IncompleteStoreError: a target is zero.
+        """
+        if self._groups is None:
+            for first, rows in self.file.blocks(step):
+                self._refuse_empty(rows, first)
+                yield rows
+            return
+        sizes = torch.bincount(self._groups)
+        means = torch.zeros(len(sizes), self.file.shape[1], dtype=torch.float64)
+        for first, rows in self.file.blocks(step):
+            self._refuse_empty(rows, first)
+            numbers = self._groups[first : first + len(rows)]
+            means.index_add_(0, numbers, rows.double() / sizes[numbers].unsqueeze(1))
+        for first in range(0, len(means), step):
+            yield means[first : first + step]
+
+    def whole(self) -> Tensor:
+        """Return all of them, ``(n_targets, k)``; raises as `blocks`."""
+        return torch.cat([block.clone() for block in self.blocks(len(self.file))])
+
+    def _refuse_empty(self, rows: Tensor, first: int) -> None:
+        empty = (first + torch.nonzero(~rows.any(dim=1)).flatten()).tolist()
+        if empty:
+            raise IncompleteStoreError(
+                f"targets {empty[:10]} of {self._about} are all zero: either they have not been "
+                "scored, or the model's output does not depend on the parameters there; score "
+                "them, or leave them out"
+            )
+
+
+def _group_numbers(groups: Sequence[int], count: int) -> Tensor:
+    given = np.asarray(groups)
+    if given.shape != (count,) or given.dtype.kind not in "iu" or int(given.min()) < 0:
         raise ValueError(
-            f"groups must be one number from 0 on for each of the {len(targets)} targets, got "
-            f"shape {tuple(numbers.shape)}"
+            f"groups must be one number from 0 on for each of the {count} targets, got "
+            f"{given.dtype} of shape {given.shape}"
         )
-    sizes = torch.bincount(numbers)
-    if bool((sizes == 0).any()):
-        raise ValueError(f"groups: no target is in group {int(torch.nonzero(sizes == 0)[0])}")
-    sums = torch.zeros(len(sizes), targets.shape[1], dtype=torch.float64)
-    return sums.index_add_(0, numbers, targets.double()) / sizes.unsqueeze(1)
+    absent = np.setdiff1d(np.arange(min(int(given.max()) + 1, count + 1)), given)
+    if len(absent):
+        raise ValueError(f"groups: no target is in group {int(absent[0])}")
+    return torch.from_numpy(given.astype(np.int64))

@@ -32,7 +32,7 @@ class RowFile:
             raise IncompleteStoreError(f"{file} does not exist")
         try:
             mapped = np.load(file, mmap_mode="r")
-        except ValueError as error:
+        except (EOFError, ValueError) as error:
             raise IncompleteStoreError(f"{file} is damaged or cut short: {error}") from error
         if mapped.ndim != 2 or not mapped.flags.c_contiguous or mapped.dtype.kind != "f":
             raise IncompleteStoreError(f"{file} holds no matrix of numbers, row after row")

@@ -4,6 +4,8 @@ float16 holds nothing above 65 504, and turns what is below 6e-8 into zero. Grad
 model, or of a loss summed over many tokens, leave that range easily. So where they are stored in
 float16, the gradients of each checkpoint are multiplied by a power of two, which loses nothing and
 which the store's manifest keeps. Scores do not depend on it: features go down as targets go up.
+TRAK's features are divided by another number then, to fit as well. It is kept, too, because
+checkpoints must not weigh more or less in a mean of scores for it.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ class StorageScales:
             a factor is chosen, before anything multiplied by it is returned. It may raise
             ValueError where it is too late for another. When None, values are just multiplied by
             the factors given, to be compared with what is stored.
+        divisors: what the features of checkpoints were divided by, by model_id.
+        divided: called with a model_id and such a number to keep it.
 
     Attributes:
         factors: the factor of each checkpoint that has one.
@@ -47,15 +51,35 @@ class StorageScales:
         divisor: float,
         factors: Mapping[int, float] | None = None,
         choose: Callable[[int, float, float | None], None] | None = None,
+        divisors: Mapping[int, float] | None = None,
+        divided: Callable[[int, float], None] | None = None,
     ) -> None:
         self.factors = dict(factors or {})
         self.current: int | None = None
         self._divisor = divisor
         self._choose = choose
+        self._divisors = dict(divisors or {})
+        self._divided = divided
 
     def factor(self) -> float:
         """Return the factor of the current checkpoint."""
         return 1.0 if self.current is None else self.factors.get(self.current, 1.0)
+
+    def divided(self, by: float) -> None:
+        """Note that the features of the current checkpoint are stored divided by a number."""
+        if self.current is not None:
+            self._divisors[self.current] = by
+            if self._divided is not None:
+                self._divided(self.current, by)
+
+    def weight(self) -> float:
+        """Return by what scores from stored features must be multiplied.
+
+        Relative to the first checkpoint, as features of float16 have no scale of their own.
+        """
+        if self.current not in self._divisors:
+            return 1.0
+        return self._divisors[self.current] / self._divisors[min(self._divisors)]
 
     def apply(self, model_id: int, values: Tensor) -> Tensor:
         """Multiply projected gradients by the checkpoint's factor, in place.

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from trak.score_computers import AbstractScoreComputer
 
+from trak_dropout.scaling import StorageScales
+
 _BLOCK_ROWS = 4096
 _FLATNESS = 6.0
 
@@ -38,8 +40,9 @@ class DampedScoreComputer(AbstractScoreComputer):
             (`automatic_ridge`), unless TRAKer is given a ``lambda_reg``.
         logging_level: accepted for TRAK's interface.
         lambda_reg: TRAK's absolute regularisation, added to the diagonal of ``X^T X``.
-        scale: tells the factor that the gradients at hand were multiplied by before they were
-            stored (`trak_dropout.scaling`), so that ``lambda_reg`` means what it means without.
+        scales: tells what gradients and features at hand were multiplied by to be stored in
+            float16, if they were, so that ``lambda_reg`` and means over checkpoints stay what they
+            are without.
 
     Raises:
         ValueError: ``damping`` or ``lambda_reg`` is out of range, or both are given.
@@ -52,7 +55,7 @@ class DampedScoreComputer(AbstractScoreComputer):
         damping: float | str = "auto",
         logging_level: int = logging.INFO,
         lambda_reg: float = 0.0,
-        scale: Callable[[], float] = lambda: 1.0,
+        scales: Callable[[], StorageScales | None] = lambda: None,
     ) -> None:
         super().__init__(dtype, device)
         self.damping = check_damping(damping)
@@ -64,7 +67,7 @@ class DampedScoreComputer(AbstractScoreComputer):
                 "both given; leave one at its default"
             )
         self.lambda_reg = float(lambda_reg)
-        self._scale = scale
+        self._scales = scales
 
     def get_xtx(self, grads: Tensor) -> Tensor:
         """Compute the Gram matrix.
@@ -80,7 +83,8 @@ class DampedScoreComputer(AbstractScoreComputer):
         """
         n, k = grads.shape
         if k > n:
-            gram = self.dual_gram(grads)
+            whole = self.checked(grads, 0)
+            gram = whole @ whole.T
         else:
             gram = torch.zeros(k, k, dtype=torch.float64, device=self.device)
             for start, block in _blocks(grads):
@@ -99,15 +103,22 @@ class DampedScoreComputer(AbstractScoreComputer):
         Raises:
             GramError: a row is NaN or infinite.
         """
-        part = self._double(block)
-        _refuse_non_finite(part, start)
+        part = self.checked(block, start)
         gram.addmm_(part.T, part)
 
-    def dual_gram(self, grads: Tensor) -> Tensor:
-        """Compute ``X X^T``, float64 ``(n, n)``; raises GramError for rows not finite."""
-        whole = self._double(grads)
-        _refuse_non_finite(whole, 0)
-        return whole @ whole.T
+    def checked(self, block: Tensor, start: int) -> Tensor:
+        """Return rows in float64 on the device.
+
+        Args:
+            block: rows ``(b, k)``.
+            start: number of the first, for messages.
+
+        Raises:
+            GramError: a row is NaN or infinite.
+        """
+        part = self._double(block)
+        _refuse_non_finite(part, start)
+        return part
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
         """Compute ``X (X^T X + lambda I)^-1``.
@@ -118,7 +129,7 @@ class DampedScoreComputer(AbstractScoreComputer):
 
         Returns:
             Features ``(n, k)``, float32, on ``device``. For float16 storage they are scaled to
-            a mean magnitude of one, as TRAK scales them: there the scale of scores is free.
+            a mean magnitude of about one, as TRAK scales them: there the scale of scores is free.
 
         Raises:
             GramError: the Gram matrix is singular without damping.
@@ -135,7 +146,10 @@ class DampedScoreComputer(AbstractScoreComputer):
                 ]
             )
         if self.dtype == torch.float16:
-            features /= features.abs().mean()
+            by = 2.0 ** math.floor(math.log2(float(features.abs().mean())))
+            features /= by
+            if (scales := self._scales()) is not None:
+                scales.divided(by)
         result = features.to(torch.float32)
         if not bool(torch.isfinite(result).all()):
             raise GramError(
@@ -157,6 +171,8 @@ class DampedScoreComputer(AbstractScoreComputer):
         """
         targets = target_grads.to(self.device, torch.float32)
         refuse_targets(targets)
+        if (scales := self._scales()) is not None:
+            targets = targets * scales.weight()
         for start in range(0, len(features), _BLOCK_ROWS):
             block = features[start : start + _BLOCK_ROWS].to(self.device, torch.float32)
             accumulator[start : start + _BLOCK_ROWS] += (block @ targets.T).to(accumulator.device)
@@ -177,8 +193,7 @@ class DampedScoreComputer(AbstractScoreComputer):
             n: number of samples.
             k: number of columns.
             damping: relative damping in place of the computer's own.
-            scale: the factor of the stored gradients, where ``scale`` of the constructor cannot
-                tell.
+            scale: the factor of the stored gradients, where ``scales`` cannot tell.
 
         Returns:
             float64, lower triangular.
@@ -217,7 +232,21 @@ class DampedScoreComputer(AbstractScoreComputer):
         right = self._double(targets)
         refuse_targets(right)
         # In the dual form, X (X^T X + l)^-1 = (X X^T + l)^-1 X.
-        right = right.T if whole is None else whole @ right.T
+        return self.solve_for(factor, right.T if whole is None else whole @ right.T)
+
+    def solve_for(self, factor: Tensor, right: Tensor) -> Tensor:
+        """Solve for right sides, as `solve` does.
+
+        Args:
+            factor: what `decompose` returned.
+            right: ``T^T``, ``(k, m)``, or where ``k > n`` ``X T^T``, ``(n, m)``; float64.
+
+        Returns:
+            As `solve`.
+
+        Raises:
+            GramError: a result leaves float32.
+        """
         result = torch.cholesky_solve(right, factor).T
         if not bool(torch.isfinite(result.float()).all()):
             raise GramError(
@@ -372,7 +401,9 @@ class DampedScoreComputer(AbstractScoreComputer):
             scale: as for `decompose`.
         """
         if damping is None and self.lambda_reg:
-            return self.lambda_reg * (self._scale() if scale is None else scale) ** 2
+            scales = self._scales()
+            own = 1.0 if scales is None else scales.factor()
+            return self.lambda_reg * (own if scale is None else scale) ** 2
         damping = self.damping if damping is None else check_damping(damping)
         if damping == "auto":
             return automatic_ridge(gram, n)

@@ -16,6 +16,7 @@ A plain ``TRAKer`` opens it, since the manifest lies beside its files and change
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -33,11 +34,13 @@ from trak_dropout._files import allocate_matrix, remove_leftovers, replacing, wr
 from trak_dropout._html import as_bytes, describe_html
 from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout.masks import Layout
+from trak_dropout.progress import PREFIX
 from trak_dropout.projector import DropoutProjector
 from trak_dropout.rowfile import IncompleteStoreError, RowFile
 from trak_dropout.scaling import StorageScales
 from trak_dropout.statistics import GradientStatistics
 
+_LOG = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
@@ -182,7 +185,13 @@ class ManifestSaver(MmapSaver):
                 if not _is_json(root / name):
                     write_json(root / name, content)
         self._scales = (
-            StorageScales(projector.grad_dim**0.5, _scales(self.manifest), self._choose_scale)
+            StorageScales(
+                projector.grad_dim**0.5,
+                _scales(self.manifest),
+                self._choose_scale,
+                _scales(self.manifest, "features_divided_by"),
+                lambda model_id, by: self.describe(model_id, features_divided_by=by),
+            )
             if use_half_precision
             else None
         )
@@ -277,7 +286,16 @@ class ManifestSaver(MmapSaver):
         grads = self.current_store["grads"]
         for start in range(0, len(grads), 4096):
             rows = slice(start, start + 4096)
-            np.ndarray.__setitem__(grads, rows, (grads[rows].astype(np.float32) * by))
+            before = np.asarray(grads[rows])
+            after = (before.astype(np.float32) * by).astype(grads.dtype)
+            lost = start + np.flatnonzero(before.any(1) & ~after.any(1))
+            if len(lost):
+                _LOG.warning(
+                    "samples %s have gradients so small beside those of a later batch that float16 "
+                    "stores zeros now; use_half_precision=False keeps them",
+                    lost[:10].tolist(),
+                )
+            np.ndarray.__setitem__(grads, rows, after)
         grads.flush()
         del facts["rescaling"]
 
@@ -395,16 +413,20 @@ class _GuardedMemmap(np.memmap):
     """A memory map that refuses what its type cannot hold: NaN, infinities, vanishing rows."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, storable(value, self.dtype, Path(str(self.filename)).name))
+        file = Path(str(self.filename))
+        # Scores of a sample that are tiny beside others are as good as zero.
+        may_vanish = file.parent.name == "scores"
+        super().__setitem__(key, storable(value, self.dtype, file.name, may_vanish))
 
 
-def storable(value: Any, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+def storable(value: Any, dtype: np.dtype[Any], name: str, may_vanish: bool = False) -> NDArray[Any]:
     """Return rows as a type.
 
     Args:
         value: one row or several.
         dtype: the type.
         name: of the file, for messages.
+        may_vanish: whether a row may turn to zero.
 
     Raises:
         ValueError: a row is NaN, infinite, or vanishes in that type.
@@ -414,7 +436,7 @@ def storable(value: Any, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
         stored = given.astype(dtype, copy=False)
     for rows, problem in (
         (~np.isfinite(stored).all(axis=1), "NaN or infinite"),
-        (given.any(axis=1) & ~stored.any(axis=1), "too small, so all zero,"),
+        (given.any(axis=1) & ~stored.any(axis=1) & (not may_vanish), "too small, so all zero,"),
     ):
         if rows.any():
             raise ValueError(
@@ -449,9 +471,9 @@ class FeatureFiles:
         for file in self.save_dir.glob("id_*.json"):
             try:
                 states = json.loads(file.read_text())
-            except ValueError as error:
-                raise IncompleteStoreError(f"{file} is damaged, no JSON: {error}") from error
-            ids += [int(m) for m, state in states.items() if state["is_featurized"] == 1]
+                ids += [int(m) for m, state in states.items() if state["is_featurized"] == 1]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise IncompleteStoreError(f"{file} is damaged: {error!r}") from error
         return sorted(ids)
 
     def choose(self, model_ids: Iterable[int] | None = None) -> list[int]:
@@ -465,9 +487,12 @@ class FeatureFiles:
 
         Raises:
             IncompleteStoreError: one of them is not complete, or there is none.
+            ValueError: ``model_ids`` is empty.
         """
         complete = self.model_ids
-        chosen = complete if model_ids is None else [int(m) for m in model_ids]
+        chosen = complete if model_ids is None else list(dict.fromkeys(int(m) for m in model_ids))
+        if model_ids is not None and not chosen:
+            raise ValueError("model_ids is empty; name at least one checkpoint, or give None")
         absent = [m for m in chosen if m not in complete]
         if absent or not chosen:
             raise IncompleteStoreError(
@@ -505,7 +530,26 @@ class FeatureFiles:
         Raises:
             IncompleteStoreError: it is missing, damaged or cut short.
         """
-        return RowFile(self.save_dir / str(model_id) / f"{name}.mmap")
+        found = RowFile(self.save_dir / str(model_id) / f"{name}.mmap")
+        expected = {
+            "grads": (self._metadata.get("train set size"), self._metadata.get("JL dimension")),
+            "out_to_loss": (self._metadata.get("train set size"), 1),
+        }.get(name, (None, None))
+        if any(e is not None and e != f for e, f in zip(expected, found.shape, strict=True)):
+            raise IncompleteStoreError(
+                f"{found.file} has {found.shape[0]} rows and {found.shape[1]} columns, but the "
+                f"store's metadata.json says {expected[0]} and {expected[1]}: it is another store's"
+            )
+        return found
+
+    @cached_property
+    def _metadata(self) -> dict[str, Any]:
+        """What TRAK writes of a store as a whole."""
+        file = self.save_dir / "metadata.json"
+        try:
+            return dict(json.loads(file.read_text()))
+        except (TypeError, ValueError) as error:
+            raise IncompleteStoreError(f"{file} is damaged: {error}") from error
 
     def _open(self, model_id: int, name: str) -> NDArray[np.floating[Any]]:
         file = self.save_dir / str(model_id) / f"{name}.mmap"
@@ -513,7 +557,7 @@ class FeatureFiles:
             raise IncompleteStoreError(f"{file} does not exist: model_id={model_id} has no {name}")
         try:
             return np.load(file, mmap_mode="r")
-        except ValueError as error:
+        except (EOFError, ValueError) as error:
             raise IncompleteStoreError(f"{file} is damaged or cut short: {error}") from error
 
 
@@ -602,7 +646,7 @@ class Store(FeatureFiles):
         Raises:
             ValueError: a row is NaN, infinite, or vanishes in the store's type.
         """
-        path = self.save_dir / str(model_id) / f"{exp_name}_grads.mmap"
+        path = self._targets_file(model_id, exp_name)
         stored = storable(values, np.dtype(self.settings.dtype), path.name)
         with replacing(path) as file:
             np.lib.format.write_array(file, stored, allow_pickle=False)
@@ -614,6 +658,18 @@ class Store(FeatureFiles):
             "scores_finalized": 0,
         }
         write_json(known, experiments)
+
+    def remove_targets(self, exp_name: str) -> None:
+        """Delete the compressed gradients of targets, of all checkpoints.
+
+        Args:
+            exp_name: the targets' experiment name.
+        """
+        for model_id in self.manifest["model_ids"].keys() | {str(m) for m in self.model_ids}:
+            self._targets_file(int(model_id), exp_name).unlink(missing_ok=True)
+
+    def _targets_file(self, model_id: int, exp_name: str) -> Path:
+        return self.save_dir / str(model_id) / f"{exp_name}_grads.mmap"
 
     def weights(self, model_id: int) -> dict[str, Tensor]:
         """Return a checkpoint's weights.
@@ -681,7 +737,8 @@ def remove_store(root: Path) -> None:
         known |= set(read_manifest(root)["model_ids"])
     for model_id in known:
         _remove_checkpoint(root, model_id)
-    shutil.rmtree(root / "scores", ignore_errors=True)
+    for folder in (root / "scores", *root.glob(f"{PREFIX}*")):
+        shutil.rmtree(folder, ignore_errors=True)
     for file in [*root.glob("statistics_*.safetensors"), root / "experiments.json"]:
         file.unlink(missing_ok=True)
     for name in ("metadata.json", MANIFEST):
@@ -752,11 +809,10 @@ def _claim(root: Path, settings: StoreSettings) -> dict[str, Any]:
     return manifest
 
 
-def _scales(manifest: Mapping[str, Any]) -> dict[int, float]:
-    """The factor of each checkpoint that has one."""
-    return {
-        int(m): facts["scale"] for m, facts in manifest["model_ids"].items() if "scale" in facts
-    }
+def _scales(manifest: Mapping[str, Any], fact: str = "scale") -> dict[int, float]:
+    """A number of each checkpoint that has it."""
+    known = manifest["model_ids"].items()
+    return {int(model_id): facts[fact] for model_id, facts in known if fact in facts}
 
 
 def _is_json(file: Path) -> bool:

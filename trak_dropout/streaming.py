@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 from trak import TRAKer
 
-from trak_dropout.progress import Progress, unfinished
-from trak_dropout.rowfile import RowFile
-from trak_dropout.scoring import DampedScoreComputer, refuse_zero
+from trak_dropout._checks import check_integer
+from trak_dropout.progress import Progress, fingerprint, unfinished
+from trak_dropout.rowfile import IncompleteStoreError, RowFile
+from trak_dropout.scoring import DampedScoreComputer, GramError, check_damping, refuse_zero
 from trak_dropout.shards import Shards
 from trak_dropout.store import FeatureFiles
 
@@ -57,10 +58,40 @@ def files_and_computer(
     return files, DampedScoreComputer(device=device, damping="auto" if damping is None else damping)
 
 
-def fingerprint(*files: RowFile) -> list[Any]:
+def fingerprints(*files: RowFile) -> list[list[Any]]:
     """What tells files from others that once had their names."""
-    found = [(str(file.file), file.file.stat(), file.shape) for file in files]
-    return [[name, stat.st_size, stat.st_mtime_ns, *shape] for name, stat, shape in found]
+    return [fingerprint(file.file, *file.shape) for file in files]
+
+
+def mean_out_to_loss(files: FeatureFiles, model_ids: Sequence[int]) -> Tensor:
+    """Return the mean of the out-to-loss gradients over checkpoints.
+
+    Args:
+        files: the store.
+        model_ids: the checkpoints.
+
+    Returns:
+        float64 ``(n_train,)``.
+
+    Raises:
+        IncompleteStoreError: they are missing, damaged or of another length than the gradients.
+        GramError: one is NaN or infinite.
+    """
+    found = []
+    for m in model_ids:
+        rows, n = files.file(m, "out_to_loss"), len(files.file(m, "grads"))
+        if rows.shape != (n, 1):
+            raise IncompleteStoreError(f"{rows.file} has shape {rows.shape}, expected {(n, 1)}")
+        found.append(rows.rows()[:, 0].double())
+        if len(found[0]) != n:
+            raise IncompleteStoreError(
+                f"checkpoints {model_ids[0]} and {m} have {len(found[0])} and {n} training samples"
+            )
+    mean = torch.stack(found).mean(0)
+    if not bool(torch.isfinite(mean).all()):
+        bad = torch.nonzero(~torch.isfinite(mean)).flatten().tolist()
+        raise GramError(f"out-to-loss gradients of samples {bad[:10]} are NaN or infinite")
+    return mean
 
 
 def streamed_gram(
@@ -92,8 +123,9 @@ def streamed_gram(
     """
     n, k = file.shape
     if k > n:
-        gram = computer.dual_gram(file.rows())
-        bar.update(n)
+        with shards.agreed():
+            gram = _dual_gram(computer, file, shards, memory, bar)
+        gram = shards.total(gram)
     else:
         with shards.agreed():
             kept = progress.load(name)
@@ -109,6 +141,27 @@ def streamed_gram(
                     progress.keep(name, {"gram": gram, "next": torch.tensor(done)})
         gram = shards.total(gram)
     refuse_zero(gram)
+    return gram
+
+
+def _dual_gram(
+    computer: DampedScoreComputer, file: RowFile, shards: Shards, memory: int, bar: Any
+) -> Tensor:
+    """This process's part of ``X X^T``: pairs of blocks of rows, each with all columns."""
+    n, k = file.shape
+    gram = torch.zeros(n, n, dtype=torch.float64, device=computer.device)
+    step = max(1, memory // (24 * k))
+    starts = range(0, n, step)
+    for i, first in enumerate(starts):
+        rows = computer.checked(file.rows(first, first + step), first)
+        for j, other in enumerate(starts[: i + 1]):
+            if (i * (i + 1) // 2 + j) % shards.world != shards.rank:
+                continue
+            columns = rows if i == j else computer.checked(file.rows(other, other + step), other)
+            part = rows @ columns.T
+            gram[first : first + step, other : other + step] = part
+            gram[other : other + step, first : first + step] = part.T
+        bar.update(len(rows) // shards.world)
     return gram
 
 
@@ -151,8 +204,11 @@ def self_influence(
         GramError: the Gram matrix is all zero, not finite, or singular without damping.
         RankError: another process has failed.
     """
-    several = isinstance(damping, Sequence) and not isinstance(damping, str)
-    dampings: Sequence[Any] = list(damping) if several else [None]  # type: ignore[arg-type]
+    several = damping is not None and not isinstance(damping, str | int | float | np.generic)
+    dampings: Sequence[Any] = [None]
+    if several:
+        dampings = [check_damping(one) for one in damping]  # type: ignore[union-attr]
+    check_integer("memory", memory, minimum=1)
     if not dampings:
         raise ValueError("damping is an empty list; give at least one value, or None")
     files, computer = files_and_computer(
@@ -163,10 +219,10 @@ def self_influence(
     )
     chosen = files.choose(model_ids)
     found = {m: files.file(m, "grads") for m in chosen}
+    weight = mean_out_to_loss(files, chosen).numpy()
     total: Any = 0.0
-    out_to_loss: Any = 0.0
     arguments = [dampings, computer.damping, computer.lambda_reg]
-    inputs, place = fingerprint(*found.values()), Shards(fabric, 0)
+    inputs, place = fingerprints(*found.values()), Shards(fabric, 0)
     with unfinished(
         files.save_dir, "self_influence", inputs, arguments, place.rank, place.world
     ) as work:
@@ -187,8 +243,7 @@ def self_influence(
                     values = shards.joined(values)
             work.drop(f"gram_{m}")
             total = total + values.cpu().numpy()
-            out_to_loss = out_to_loss + files.out_to_loss(m)[:, 0].astype(np.float64)
-    result = total / len(chosen) * (out_to_loss / len(chosen))
+    result = total / len(chosen) * weight
     return result if several else result[0]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trak_dropout._checks import check_integer
 from trak_dropout.largest import PIECE, Largest
-from trak_dropout.ranking import _targets
+from trak_dropout.ranking import Targets
 from trak_dropout.rowfile import IncompleteStoreError, RowFile
 from trak_dropout.store import Store
 from trak_dropout.visits import IN_PLACE, REPEATS, VISITS, Visits
@@ -189,7 +189,7 @@ class _Run:
     ) -> None:
         chosen = store.choose(model_ids)
         self._blocks = [_Block(store, m, weighting, group) for m in chosen]
-        self._given = [_targets(store, m, exp_name, None) for m in chosen]
+        self._given = [Targets(store, m, exp_name).whole() for m in chosen]
         self._scale = _scale(store)
         self.size, self.targets = store.train_set_size, len(self._given[0])
 

@@ -78,7 +78,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     indices, values = result
     if options.out is not None:
-        with options.out.with_suffix(".npz").open("wb") as file:
+        name = options.out.name.removesuffix(".npz") + ".npz"
+        with options.out.with_name(name).open("wb") as file:
             np.savez(file, indices=indices, values=values)
     if options.json:
         found = {"indices": indices.tolist(), "values": values.tolist()}
@@ -96,6 +97,8 @@ def _launched(options: argparse.Namespace) -> Any:
     from lightning_fabric import Fabric
     from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+    from trak_dropout import RankError
+
     single = options.devices == 1 and not by_torchrun
     fabric = Fabric(
         accelerator=options.accelerator,
@@ -107,8 +110,11 @@ def _launched(options: argparse.Namespace) -> Any:
         return fabric.launch(_scores, options)  # type: ignore[arg-type]
     except (ProcessExitedException, ProcessRaisedException) as error:
         message = str(error).strip()
-        reason = message if isinstance(error, ProcessExitedException) else message.split("\n")[-1]
-        raise ValueError(f"process {error.error_index} failed: {reason}") from error
+        if isinstance(error, ProcessExitedException):
+            raise RankError(message) from error
+        _, of_another, told = message.split("\n")[-1].partition("RankError: ")
+        own = f"process {error.error_index} of {options.devices} failed: {message.splitlines()[-1]}"
+        raise RankError(told if of_another else own) from error
 
 
 def _scores(

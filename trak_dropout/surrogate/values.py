@@ -13,7 +13,7 @@ from torch import Tensor
 from trak import TRAKer
 
 from trak_dropout._checks import check_integer
-from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.ranking import Targets
 from trak_dropout.scoring import _FLATNESS, DampedScoreComputer, GramError, refuse_zero
 from trak_dropout.store import FeatureFiles
 from trak_dropout.streaming import files_and_computer
@@ -101,7 +101,7 @@ def sampled_influences(
     total: Tensor | None = None
     weight = np.zeros((len(picked), 1))
     for m in chosen:
-        targets = _targets(files, m, exp_name)
+        targets = Targets(files, m, exp_name).whole()
         some = torch.from_numpy(np.array(files.grads(m)[picked]))
         file, k = files.file(m, "grads"), some.shape[1]
         dual = k > base
@@ -168,15 +168,3 @@ def _rows(rows: ArrayLike | None, n: int) -> NDArray[np.int64]:
             f"rows must lie from 0 to {n - 1}, got {int(picked.min())} to {int(picked.max())}"
         )
     return picked.astype(np.int64)
-
-
-def _targets(files: FeatureFiles, model_id: int, exp_name: str) -> Tensor:
-    file = files.file(model_id, f"{exp_name}_grads")
-    targets = file.rows()
-    empty = torch.nonzero(~targets.any(dim=1)).flatten().tolist()
-    if empty or not len(targets):
-        raise IncompleteStoreError(
-            f"targets {empty[:10]} of exp_name={exp_name!r} are all zero for model_id={model_id}: "
-            "they have not been scored (completely)"
-        )
-    return targets
