@@ -1,5 +1,6 @@
 """Sampled influences against the dense matrix, and against algebra of the sampled rows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def test_a_store_of_a_sample_stands_for_more(tmp_path: Path) -> None:
     for name, array in zip(("grads", "out_to_loss"), grads, strict=True):
         with (tmp_path / "0" / f"{name}.mmap").open("wb") as file:
             np.save(file, array)
+    about = json.loads((tmp_path / "metadata.json").read_text())
+    (tmp_path / "metadata.json").write_text(json.dumps(about | {"train set size": len(rows)}))
     found = sampled_influences(FeatureFiles(tmp_path), "test", train_set_size=300)
     np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-6)
 
