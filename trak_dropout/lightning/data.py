@@ -14,7 +14,14 @@ from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
 )
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from trak_dropout.attribution import batch_size_of, inner_sampler, sequential_loader
 
@@ -213,9 +220,12 @@ class _Seeded(Dataset[Any]):
         self._dataset, self._seed = dataset, seed
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        if _fetches_batches(self._dataset):
-            set_random_states(self._seed, indices[0])
+        set_random_states(self._seed, indices[0])
+        inner = _without_subsets(self._dataset)
+        if callable(getattr(inner, "__getitems__", None)):
             return self._dataset.__getitems__(list(indices))
+        if type(inner) is TensorDataset:  # nothing is random in it
+            return [self._dataset[index] for index in indices]
         samples = []
         for index in indices:
             set_random_states(self._seed, index)
@@ -226,11 +236,11 @@ class _Seeded(Dataset[Any]):
         return self.__getitems__([index])[0]
 
 
-def _fetches_batches(dataset: Any) -> bool:
-    """Whether a data set has a way of its own to fetch several samples; `Subset` only passes on."""
+def _without_subsets(dataset: Any) -> Any:
+    """The data set that has the samples; `Subset` only passes on."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    return callable(getattr(dataset, "__getitems__", None))
+    return dataset
 
 
 def _chosen(dataset: Any, held: int, indices: Sequence[int] | None, is_stream: bool) -> Any:
