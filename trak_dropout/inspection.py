@@ -171,7 +171,8 @@ def _checkpoint(
     thorough: bool,
 ) -> CheckpointReport:
     directory = store.save_dir / str(model_id)
-    complete = complete or facts.get("finished")  # a block, where not every sample took part
+    if facts.get("finished"):  # a block, where not every sample took part
+        complete = True
     state = "abandoned" if facts.get("abandoned") else "complete" if complete else "incomplete"
     report = CheckpointReport(model_id, state, 0, _size(directory), facts)
     problems = report.problems
