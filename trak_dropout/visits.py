@@ -85,8 +85,9 @@ class Visits:
         Args:
             file: the file.
         """
-        arrays = {name: np.ascontiguousarray(getattr(self, name), _KINDS[name]) for name in _KINDS}
-        save_tensors(file, {name: torch.from_numpy(array) for name, array in arrays.items()})
+        arrays = {name: np.asarray(getattr(self, name), _KINDS[name]) for name in _KINDS}
+        # Copied, because empty arrays come with strides that torch does not know.
+        save_tensors(file, {name: torch.tensor(array) for name, array in arrays.items()})
 
     @classmethod
     def load(cls, file: Path) -> Visits:
