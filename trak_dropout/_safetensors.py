@@ -71,7 +71,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(text)
         for tensor in tensors.values():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            if len(flat):  # an empty one may have strides with which it cannot be viewed
+                file.write(flat.view(torch.uint8).numpy().data)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -86,8 +86,8 @@ class Visits:
             file: the file.
         """
         arrays = {name: np.asarray(getattr(self, name), _KINDS[name]) for name in _KINDS}
-        # Copied, because empty arrays come with strides that torch does not know.
-        save_tensors(file, {name: torch.tensor(array) for name, array in arrays.items()})
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+        save_tensors(file, tensors)
 
     @classmethod
     def load(cls, file: Path) -> Visits:
