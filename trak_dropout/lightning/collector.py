@@ -352,6 +352,11 @@ class GradientCollector(pl.Callback):
         It is collected at the next hook: by then the file is safe, and other callbacks have put
         their weights into the checkpoint (averaged ones, for example). No training step lies
         between.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+            checkpoint: what it is about to save.
         """
         if self._rows is not None:
             self._rows.on_save_checkpoint()
