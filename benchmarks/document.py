@@ -336,6 +336,11 @@ def scale_verdict(found: Results) -> str:
     return "\n".join(lines)
 
 
+def picture(name: str, what: str) -> tuple[str, Callable[[Results], str]]:
+    """A block with the study's picture, once there is one."""
+    return name, lambda found: f"![{what}](../benchmarks/results/{name}.png)"
+
+
 BLOCKS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "lds scores": ("lds", lds_scores),
     "lds equal k": ("lds", lds_equal_k),
@@ -349,6 +354,11 @@ BLOCKS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "crosssource verdict": ("crosssource", crosssource_verdict),
     "scale points": ("scale", scale_points),
     "scale verdict": ("scale", scale_verdict),
+    "lds picture": picture("lds", "Score over time"),
+    "mislabel picture": picture("mislabel", "Recall over the share inspected"),
+    "retrain picture": picture("retrain", "Loss over the share removed"),
+    "crosssource picture": picture("crosssource", "Shares from the same source"),
+    "scale picture": picture("scale", "Time measured and estimated"),
 }
 
 
