@@ -45,8 +45,9 @@ class Work:
         blocks = layers * (12 * width**2 + 13 * width)
         head = vocabulary * width
         attention = 2 * layers * tokens**2 * width
-        # Inputs and outputs of a block's four linear layers, of norms, activation and attention.
-        kept = tokens * (layers * 40 * width + 4 * vocabulary)
+        # Inputs and outputs of a block's layers and what autograd keeps between them, and logits with
+        # their gradients: found with GPT-NeoX models by benchmarks/scale.py.
+        kept = tokens * (layers * 56 * width + 6 * vocabulary)
         return cls(
             blocks + 2 * head + 2 * width, (blocks + head) * tokens + attention, tokens, kept
         )
