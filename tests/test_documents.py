@@ -26,7 +26,7 @@ DOCUMENTS = [
 # What a document quotes, where it is not free to quote any results.
 QUOTED = {"cost.md": ("featurize", "projection"), "lds.md": ("folds",), "damping.md": ("damping",)}
 # Figures that are no results: versions and papers named, thresholds, constants of a rule.
-VERSIONS = {"3.10", "2509.15651"}
+VERSIONS = {"3.10"}
 CONSTANTS = {"damping.md": {"0.97", "0.03"}}
 
 
@@ -79,7 +79,7 @@ def figures(text: str) -> list[str]:
     """The figures with a decimal point, in reading order."""
     for pattern in (r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"\$\$.*?\$\$", r"\$[^$]*\$"):
         text = re.sub(pattern, "", text, flags=re.DOTALL)
-    text = re.sub(r"torch \d+\.\d+\S*", "", text)
+    text = re.sub(r"torch \d+\.\d+\S*|\b\d{4}\.\d{5}\b", "", text)  # versions, papers
     return re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\w)", text)
 
 

@@ -45,7 +45,7 @@ class Work:
         blocks = layers * (12 * width**2 + 13 * width)
         head = vocabulary * width
         attention = 2 * layers * tokens**2 * width
-        # Inputs and outputs of a block's layers and what autograd keeps between them, and logits with
+        # Inputs and outputs of a block's layers, what autograd keeps between them, and logits with
         # their gradients: found with GPT-NeoX models by benchmarks/scale.py.
         kept = tokens * (layers * 56 * width + 6 * vocabulary)
         return cls(
