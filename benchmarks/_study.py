@@ -160,6 +160,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[2],  # of the last quarter of an hour: others slow a study down
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

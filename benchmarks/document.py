@@ -68,9 +68,11 @@ def pivot(rows: list[Row], line: Callable[[Row], str], column: Callable[[Row], s
 def machine(found: Results) -> str:
     """What a study was run on."""
     options, on = found["options"], found["machine"]
+    busy = f", load {on['load']:.0f} on {on['cores']} cores" if "load" in on else ""
+    where = f" Settings: {', '.join(options['settings'])}." if "settings" in options else ""
     return (
         f"{options['seeds']} seeds; {on['device']}, {on['threads']} "
-        f"thread{'s' if on['threads'] != 1 else ''}, torch {on['torch']}."
+        f"thread{'s' if on['threads'] != 1 else ''}{busy}, torch {on['torch']}.{where}"
     )
 
 
