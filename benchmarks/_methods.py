@@ -230,7 +230,11 @@ def _solve_once(problem: Problem, checkpoints: list[tuple[Tensor, Tensor, Tensor
     for x, targets, _ in checkpoints:
         computer = DampedScoreComputer(torch.float32, problem.device)
         if problem.wanted == "self":
-            computer.get_leverages(x)
+            gram, (n, k) = computer.get_xtx(x), x.shape
+            if k > n:
+                computer.dual_leverages(gram, n, k)
+            else:
+                computer.leverages(gram, n, k)(x)
             continue
         features = computer.get_x_xtx_inv(x, computer.get_xtx(x))
         scores = torch.zeros(len(x), len(targets), device=x.device)

@@ -22,13 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from _measure import resident
-from tqdm import tqdm
 
 from trak_dropout import DampedScoreComputer, top_influences
-from trak_dropout.progress import Progress
-from trak_dropout.shards import Shards
 from trak_dropout.store import FeatureFiles
-from trak_dropout.streaming import DEFAULT_MEMORY, streamed_gram
+from trak_dropout.streaming import gram_of
 
 
 def write(root: Path, n: int, k: int, targets: int) -> None:
@@ -51,11 +48,8 @@ def run(root: str, n: int, k: int, targets: int, top: int) -> dict[str, Any]:
     files, computer = FeatureFiles(root), DampedScoreComputer()
     few = files.file(0, "test_grads").rows()
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
-        work = Progress(Path(folder))
-        grads, shards = files.file(0, "grads"), Shards(None, n)
-        gram = streamed_gram(computer, grads, shards, work, "gram", DEFAULT_MEMORY, bar)
-        computer.cancellation(gram, computer.solve(computer.decompose(gram, n, k), few))
+    gram = gram_of(computer, files.file(0, "grads"))
+    computer.cancellation(gram, computer.solve(computer.decompose(gram, n, k), few))
     del gram
     before = time.perf_counter() - started
     started = time.perf_counter()

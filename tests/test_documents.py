@@ -75,6 +75,28 @@ def of_damping() -> Iterator[float]:
         yield from (r["rules"][rule] / r["best"] for r in rows)
 
 
+def of_surrogate() -> Iterator[float]:
+    """Means and spreads over seeds, and sums and medians of costs, of docs/surrogate.md."""
+    for result in RESULTS["surrogate"]["results"]:
+        groups: dict[Any, list[float]] = {}
+        for row in result["quality"]:
+            for key, value in row["quadrants"]["both unseen"].items():
+                groups.setdefault((row["method"], row["share"], key), []).append(value)
+        for row in result["selection"]:
+            groups.setdefault(row["who"], []).append(row["accuracy"])
+        for values in groups.values():
+            yield statistics.mean(values)
+            yield statistics.stdev(values) if len(values) > 1 else 0.0
+        costs: dict[str, list[float]] = {}
+        for row in result["cost"]["network"]:
+            for part, seconds in row.items():
+                if part != "method" and row["method"] == "network (product)":
+                    costs.setdefault(part, []).append(seconds)
+        yield sum(result["cost"]["full"].values())
+        yield from map(statistics.median, costs.values())
+        yield sum(map(statistics.median, costs.values()))
+
+
 def figures(text: str) -> list[str]:
     """The figures with a decimal point, in reading order."""
     for pattern in (r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"\$\$.*?\$\$", r"\$[^$]*\$"):
@@ -90,6 +112,8 @@ def allowed(name: str, digits: int) -> set[str]:
         values += of_folds()
     if name not in QUOTED or name == "damping.md":
         values += of_damping()
+    if name not in QUOTED:
+        values += of_surrogate()
     return {f"{scale * value:.{digits}f}" for value in values for scale in (1, 100)}
 
 

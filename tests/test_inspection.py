@@ -79,7 +79,7 @@ def damage(store: Path, kind: str) -> None:
     [
         ("cut", "model_id 1: .*damaged or cut short", True),
         ("gone", "model_id 0: .*out_to_loss.mmap does not exist", True),
-        ("shape", r"shape \(300, 47\).* instead of \(300, 48\)", True),
+        ("shape", "300 rows and 47 columns, but the store's .* says 300 and 48", True),
         ("weights", "weights.safetensors is damaged", True),
         ("flags", "called complete, but 1 rows are missing", True),
         ("metadata", "metadata.json cannot be read", True),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,6 +144,13 @@ def streamed_gram(
         gram = shards.total(gram)
     refuse_zero(gram)
     return gram
+
+
+def gram_of(computer: DampedScoreComputer, file: RowFile, memory: int = DEFAULT_MEMORY) -> Tensor:
+    """Compute the Gram matrix of a file's rows in one go, as `streamed_gram` does."""
+    shards = Shards(None, len(file))
+    with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
+        return streamed_gram(computer, file, shards, Progress(Path(folder)), "gram", memory, bar)
 
 
 def _dual_gram(

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from trak_dropout.rowfile import IncompleteStoreError, RowFile
-from trak_dropout.scoring import DampedScoreComputer, refuse_zero
+from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.scoring import DampedScoreComputer
 from trak_dropout.store import FeatureFiles, Store
+from trak_dropout.streaming import gram_of
 
 _WIDEST_SPECTRUM = 6144
 _BLOCK_ROWS = 4096
@@ -104,7 +104,7 @@ def checkpoints(
             rows = files.file(m, "grads")
             zero = sum(int((~block.any(dim=1)).sum()) for _, block in rows.blocks(_BLOCK_ROWS))
             if min(rows.shape) <= _WIDEST_SPECTRUM:
-                gram = _gram(computer, rows)
+                gram = gram_of(computer, rows)
                 spectrum = Spectrum(
                     torch.linalg.eigvalsh(gram).flip(0).cpu().numpy(),
                     computer.ridge(gram, *rows.shape, scale=files.scale(m)),
@@ -122,19 +122,6 @@ def _progress(folder: Path) -> tuple[int, int]:
     except ValueError as error:
         raise IncompleteStoreError(f"{file} is damaged or cut short: {error}") from error
     return int(done.sum()), len(done)
-
-
-def _gram(computer: DampedScoreComputer, file: RowFile) -> Tensor:
-    """The Gram matrix of a file's rows, ``(k, k)``, or ``(n, n)`` where ``k > n``."""
-    n, k = file.shape
-    if k > n:
-        gram = computer.dual_gram(file.rows())
-    else:
-        gram = torch.zeros(k, k, dtype=torch.float64, device=computer.device)
-        for start, block in file.blocks(_BLOCK_ROWS):
-            computer.add_to_gram(gram, block, start)
-    refuse_zero(gram)
-    return gram
 
 
 def experiments(files: FeatureFiles) -> dict[str, int]:
@@ -172,7 +159,7 @@ def scores_across(
     for row, m in zip(result, model_ids, strict=True):
         rows = files.file(m, "grads")
         n, k = rows.shape
-        factor = computer.decompose(_gram(computer, rows), n, k, scale=files.scale(m))
+        factor = computer.decompose(gram_of(computer, rows), n, k, scale=files.scale(m))
         whole = rows.rows().to(computer.device, torch.float64) if k > n else None
         given = files.file(m, f"{exp_name}_grads").rows()[list(targets)]
         solved = computer.solve(factor, given, whole).cpu()
