@@ -31,7 +31,8 @@ from trak_dropout.streaming import gram_of
 def write(root: Path, n: int, k: int, targets: int) -> None:
     """Write a store as a plain TRAKer leaves it."""
     (root / "0").mkdir(parents=True)
-    (root / "metadata.json").write_text("{}")
+    about = {"JL dimension": k, "train set size": n}
+    (root / "metadata.json").write_text(json.dumps(about))
     (root / "id_0.json").write_text(json.dumps({"0": {"is_featurized": 1, "is_finalized": 1}}))
     random = np.random.default_rng(0)
     for name, rows in (("grads", n), ("test_grads", targets)):
