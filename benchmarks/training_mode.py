@@ -23,7 +23,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from featurize import ResNet9, cross_entropy, mlp, neox, next_token
+from _models import ResNet9, neox
+from featurize import cross_entropy, mlp, next_token
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
