@@ -118,6 +118,31 @@ def test_rows_written_before_a_larger_one_are_scaled_down(tmp_path: Path) -> Non
     half.finalize_features()
 
 
+def test_rows_that_a_larger_one_wipes_out_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        collected(tmp_path, shouting(1e-7, 1e6))
+    assert "samples [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] have gradients so small beside" in caplog.text
+
+
+def test_checkpoints_weigh_what_they_weigh_in_float32(tmp_path: Path) -> None:
+    # The factors of checkpoints differ, as do the magnitudes that TRAK's features are brought to.
+    model = mlp()
+    states = checkpoints(model, 3)
+    scores = {}
+    for scale in (0.11, 0.2, 1.0, 1e6):
+        for half in (True, False):
+            folder = tmp_path / f"{scale}{half}"
+            plugs = plugin(model, 64)
+            _, found = quickstart(
+                model, states, folder, task=loss(scale), use_half_precision=half, **plugs
+            )
+            scores[scale, half] = found.astype(np.float64).ravel()
+        assert np.corrcoef(scores[scale, True], scores[scale, False])[0, 1] > 0.9999
+        assert np.corrcoef(scores[scale, True], scores[0.11, False])[0, 1] > 0.9999
+
+
 def test_a_crash_while_rescaling_loses_the_rows_not_the_store(tmp_path: Path) -> None:
     data = shouting(1.0, 1.0)
     traker, _ = collected(tmp_path, data)

@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 from cases import checkpoints, loader, mlp, quickstart, train_set
 
-from trak_dropout import DropoutProjector, plugin, self_influence, top_influences
+from trak_dropout import (
+    DropoutProjector,
+    RankError,
+    plugin,
+    self_influence,
+    top_influences,
+)
 from trak_dropout.largest import Largest
 from trak_dropout.rowfile import RowFile
-from trak_dropout.store import FeatureFiles
+from trak_dropout.store import FeatureFiles, remove_store
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -120,7 +126,7 @@ import os, signal, sys
 from trak_dropout import progress, top_influences
 from trak_dropout.largest import Largest
 from trak_dropout.scoring import DampedScoreComputer
-from trak_dropout.store import FeatureFiles
+from trak_dropout.store import FeatureFiles, remove_store
 
 progress._SECONDS = 0.0
 calls, at = 0, int(sys.argv[2])
@@ -185,13 +191,42 @@ def test_other_inputs_are_not_taken_for_the_interrupted_ones(
     np.testing.assert_array_equal(values, top_influences(store, "test", 5)[1])
 
 
+def test_errors_of_the_machine_keep_what_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = small_store(tmp_path)
+    quick = top_influences(store, "test", 5)
+    monkeypatch.setattr("trak_dropout.progress._SECONDS", 0.0)
+    for error in (OSError(28, "No space left on device"), MemoryError(), RankError("another")):
+        with monkeypatch.context() as context:
+
+            def fails(*arguments: Any, error: BaseException = error) -> None:
+                raise error
+
+            context.setattr(Largest, "add", fails)
+            with pytest.raises(type(error)):
+                top_influences(store, "test", 5)
+            assert len(unfinished(store)) == 1
+        # Neither the end of another computation nor that of a part of it removes it.
+        self_influence(store)
+        top_influences(store, "test", 5, model_ids=[0])
+        assert len(unfinished(store)) == 1
+        np.testing.assert_array_equal(top_influences(store, "test", 5)[0], quick[0])
+        assert not unfinished(store)
+    monkeypatch.setattr(Largest, "add", fails)
+    with pytest.raises(RankError):
+        top_influences(store, "test", 5)
+    remove_store(tmp_path)
+    assert not unfinished(store)
+
+
 TWO = """
 import os, signal, sys
 import numpy as np
 from lightning_fabric import Fabric
 from trak_dropout import self_influence, top_influences
 from trak_dropout.largest import Largest
-from trak_dropout.store import FeatureFiles
+from trak_dropout.store import FeatureFiles, remove_store
 
 def work(fabric, store, out, dies):
     if dies and fabric.global_rank == 1:
@@ -241,7 +276,7 @@ BOTH = """
 import sys
 from lightning_fabric import Fabric
 from trak_dropout import RankError, self_influence
-from trak_dropout.store import FeatureFiles
+from trak_dropout.store import FeatureFiles, remove_store
 
 fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
 fabric.launch()
