@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from trak_dropout.metrics import linear_datamodeling_score
 
 GRID = [10.0**e for e in np.arange(-6, 2.01, 0.5)]
-METHODS = {
+METHODS: dict[str, tuple[str, int] | None] = {
     "Gaussian": None,
     "dropout": ("dropout", 16),
     "unit dropout": ("unit_dropout", 16),
@@ -62,43 +62,61 @@ def study(setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]
     everything = torch.arange(len(setting.train[0]))
     models = [train(setting, everything, seed) for seed in range(options.checkpoints)]
     p = sum(parameter.numel() for parameter in models[0].parameters())
-    schemes = {name: chosen for name, chosen in METHODS.items() if chosen}
-    rows = []
     dims = [k for k in options.proj_dims if k <= p]
-    for method, k, checkpoints in folds.features(setting, models, dims, options.seed, schemes):
-        spectra = [Spectrum(x, targets) for x, targets, _ in checkpoints]
-        weight = sum(q.double() for _, _, q in checkpoints).numpy()
-
-        def score(ridges: list[float], spectra: Any = spectra, weight: Any = weight) -> float:
-            total = sum(s.scores(r) for s, r in zip(spectra, ridges, strict=True)).numpy()
-            return linear_datamodeling_score(total * weight, masks, outputs)
-
-        curve = [score([d * s.trace / s.k for s in spectra]) for d in GRID]
-        agreed = [agreement([s.scores(d * s.trace / s.k).numpy() for s in spectra]) for d in GRID]
-        best = max(curve)
-        rules = {
-            **{
-                f"flatness, {c}": score([c * s.mean**2 / s.rms for s in spectra]) for c in (4, 6, 9)
-            },
-            "mean norm": score([s.mean for s in spectra]),
-            "mean norm / 3": score([s.mean / 3 for s in spectra]),
-            "mean eigenvalue": score([s.trace / s.k for s in spectra]),
-            "agreement": curve[int(np.argmax(agreed))],
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for seed in range(options.seed, options.seed + options.seeds):
+        for method, k, checkpoints in folds.features(setting, models, dims, seed, METHODS):
+            measured = one(checkpoints, masks, outputs)
+            found.setdefault((method, k), []).append(measured)
+    rows = []
+    for (method, k), seeds in found.items():
+        mean = {
+            key: np.mean([s[key] for s in seeds], axis=0).tolist() for key in ("curve", "agreement")
         }
-        n = spectra[0].n
+        best = max(mean["curve"])
+        rules = {
+            name: statistics.mean(s["rules"][name] for s in seeds) for name in seeds[0]["rules"]
+        }
         row = {
-            "setting": setting.name, "method": method, "k": k, "n": n, "best": best,
-            "best_damping": GRID[int(np.argmax(curve))], "curve": curve, "agreement": agreed,
-            "rules": rules, "flatness": [s.mean / s.rms for s in spectra],
+            "setting": setting.name, "method": method, "k": k, "n": seeds[0]["n"], "best": best,
+            "best_damping": GRID[int(np.argmax(mean["curve"]))], **mean, "rules": rules,
+            "flatness": seeds[0]["flatness"],
         }  # fmt: skip
         rows.append(row)
         shares = "  ".join(f"{name} {value / best:.3f}" for name, value in rules.items())
         print(
             f"{setting.name:13} {method:22} k {k:5}: best {best:.3f} at damping "
-            f"{row['best_damping']:8.2g} (k/n {k / n:.2f}); of best: {shares}",
+            f"{row['best_damping']:8.2g} (k/n {k / row['n']:.2f}); of best: {shares}",
             flush=True,
         )
     return rows
+
+
+def one(checkpoints: list[Any], masks: np.ndarray, outputs: np.ndarray) -> dict[str, Any]:
+    """Measure one seed of a projection."""
+    spectra = [Spectrum(x, targets) for x, targets, _ in checkpoints]
+    weight = sum(q.double() for _, _, q in checkpoints).numpy()
+
+    def score(ridges: list[float]) -> float:
+        total = sum(s.scores(r) for s, r in zip(spectra, ridges, strict=True)).numpy()
+        return linear_datamodeling_score(total * weight, masks, outputs)
+
+    curve = [score([d * s.trace / s.k for s in spectra]) for d in GRID]
+    agreed = [agreement([s.scores(d * s.trace / s.k).numpy() for s in spectra]) for d in GRID]
+    rules = {
+        **{f"flatness, {c}": score([c * s.mean**2 / s.rms for s in spectra]) for c in (4, 6, 9)},
+        "mean norm": score([s.mean for s in spectra]),
+        "mean norm / 3": score([s.mean / 3 for s in spectra]),
+        "mean eigenvalue": score([s.trace / s.k for s in spectra]),
+        "agreement": curve[int(np.argmax(agreed))],
+    }
+    return {
+        "curve": curve,
+        "agreement": agreed,
+        "rules": rules,
+        "n": spectra[0].n,
+        "flatness": [s.mean / s.rms for s in spectra],
+    }
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -145,7 +163,8 @@ def main() -> None:
     parser.add_argument("--proj-dims", nargs="+", type=int, default=[256, 1024, 2048, 4096])
     parser.add_argument("--halves", type=int, default=60)
     parser.add_argument("--checkpoints", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the projections")
+    parser.add_argument("--seed", type=int, default=0, help="first seed of the projections")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, averaged")
     parser.add_argument("--cache", type=Path, default=folds.HERE / "cache")
     parser.add_argument("--out", type=Path, default=folds.HERE / "results" / "damping.json")
     parser.add_argument("--fashion-mnist", type=Path, default=FASHION_MNIST)

@@ -41,7 +41,8 @@ from trak_dropout.metrics import linear_datamodeling_score
 HERE = Path(__file__).parent
 DAMPINGS = (1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 FOLDS = (1, 2, 4, 8, 16, 32, 64)
-SCHEMES = {
+SCHEMES: dict[str, tuple[str, int] | None] = {
+    "Gaussian": None,
     **{f"dropout, fold {fold}": ("dropout", fold) for fold in FOLDS},
     **{f"unit, fold {fold}": ("unit_dropout", fold) for fold in (1, 16)},
     **{f"weighted, fold {fold}": ("weighted_dropout", fold) for fold in FOLDS},
@@ -53,7 +54,7 @@ def features(
     models: list[nn.Module],
     dims: list[int],
     seed: int,
-    methods: list[str],
+    schemes: dict[str, tuple[str, int] | None],
 ) -> Iterator[tuple[str, int, list[Any]]]:
     """Compress the gradients of all checkpoints by some methods, one pass over the gradients each.
 
@@ -68,9 +69,9 @@ def features(
         computer = DenseGradientComputer(model, setting.task)
         p = sum(parameter.numel() for parameter in model.parameters())
         projectors: dict[tuple[str, int], DropoutProjector] = {
-            (name, k): DropoutProjector.from_model(model, k, seed, scheme, fold=fold)
-            for name, (scheme, fold) in SCHEMES.items()
-            if name in methods
+            (name, k): DropoutProjector.from_model(model, k, seed, chosen[0], fold=chosen[1])
+            for name, chosen in schemes.items()
+            if chosen
             for k in dims
         }
         calibration = [tuple(part[: n : max(1, n // 400)] for part in setting.train)]
@@ -86,7 +87,7 @@ def features(
         for batch in tqdm(batches, desc=f"{setting.name}: checkpoint {model_id}", leave=False):
             grads = computer.compute_per_sample_grad(batch)
             out_to_loss.append(computer.compute_loss_grad(batch))
-            if "Gaussian" in methods:
+            if "Gaussian" in schemes:
                 dense = gaussian.project(grads, model_id)
                 for k in dims:  # the first columns of a Gaussian projection are one themselves
                     parts.setdefault(("Gaussian", k), []).append(dense[:, :k])
@@ -113,7 +114,7 @@ def scores(checkpoints: list[Any], damping: float, grams: list[Tensor]) -> np.nd
 
 
 def study(
-    setting: Setting, methods: list[str], options: argparse.Namespace
+    setting: Setting, schemes: dict[str, tuple[str, int] | None], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Measure methods in a setting."""
     masks, outputs = halves(setting, options.halves, options.cache)
@@ -121,7 +122,7 @@ def study(
     models = [train(setting, everything, seed) for seed in range(options.checkpoints)]
     found: dict[tuple[str, int], list[dict[float, float]]] = {}
     for seed in range(options.seeds):
-        for method, k, checkpoints in features(setting, models, options.proj_dims, seed, methods):
+        for method, k, checkpoints in features(setting, models, options.proj_dims, seed, schemes):
             grams = [x.double().T @ x.double() for x, _, _ in checkpoints]
             by_damping = {
                 damping: linear_datamodeling_score(
@@ -209,9 +210,9 @@ def main() -> None:
         setting = load(name, *size, folder=options.fashion_mnist)
         started = time.perf_counter()
         known = {row["method"] for row in rows if row["setting"] == setting.name}
-        missing = [method for method in ("Gaussian", *SCHEMES) if method not in known]
+        missing = {name: chosen for name, chosen in SCHEMES.items() if name not in known}
         rows += study(setting, missing, options) if missing else []
-        rows.sort(key=lambda row: ["Gaussian", *SCHEMES].index(row["method"]))
+        rows.sort(key=lambda row: list(SCHEMES).index(row["method"]))
         print(f"{setting.name}: {time.perf_counter() - started:.0f} s", flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({**common, "rows": rows}, indent=1) + "\n")
