@@ -24,7 +24,11 @@ DOCUMENTS = [
     if file.name != "evidence.md"
 ]
 # What a document quotes, where it is not free to quote any results.
-QUOTED = {"cost.md": ("featurize", "projection"), "lds.md": ("folds",), "damping.md": ("damping", "defaults")}
+QUOTED = {
+    "cost.md": ("featurize", "projection"),
+    "lds.md": ("folds",),
+    "damping.md": ("damping", "defaults"),
+}
 # Figures that are no results: versions and papers named, thresholds, constants of a rule.
 VERSIONS = {"3.10"}
 CONSTANTS = {"damping.md": {"0.97", "0.03"}}

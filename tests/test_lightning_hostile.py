@@ -5,6 +5,8 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +28,34 @@ def contents(store: Path) -> dict[str, bytes]:
     return {str(f.relative_to(store)): f.read_bytes() for f in store.rglob("*") if f.is_file()}
 
 
-@pytest.fixture
-def file_limit() -> Any:
-    """A function that limits the size of files, which is how the disk fills up here."""
+@contextmanager
+def file_limit(size: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Limit the size of files, which is how the disk fills up here, at once or when called.
+
+    The limit ends with the block: it holds for what pytest writes, too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    try:
+        if size is not None:
+            limit(size)
+        yield limit
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_up_keeps_earlier_collections(tmp_path: Path, file_limit: Any) -> None:
+def test_a_disk_that_fills_up_keeps_earlier_collections(tmp_path: Path) -> None:
     class Fills(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
             if trainer.current_epoch == 1:
-                file_limit(20_000)  # less than 300 x 48 x 4 bytes, more than the manifest
+                limit(20_000)  # less than 300 x 48 x 4 bytes, more than the manifest
 
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
-    with pytest.raises(OSError, match="no room to collect checkpoint 1") as caught:
+    room = pytest.raises(OSError, match="no room to collect checkpoint 1")
+    with room as caught, file_limit() as limit:
         fit(
             tmp_path / "s",
             Classifier(mlp()),
@@ -50,7 +64,6 @@ def test_a_disk_that_fills_up_keeps_earlier_collections(tmp_path: Path, file_lim
             enable_checkpointing=True,
         )
     assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
-    file_limit(resource.RLIM_INFINITY)
     store = open_store(tmp_path / "s")
     assert store.model_ids == [0]
     assert set(store.manifest["model_ids"]) == {"0"}
@@ -91,9 +104,8 @@ def test_allocated_files_are_zero_and_take_their_room(tmp_path: Path) -> None:
             path.unlink()
 
 
-def test_no_file_is_left_that_could_not_be_allocated(tmp_path: Path, file_limit: Any) -> None:
-    file_limit(1000)
-    with pytest.raises(OSError, match="too large"):
+def test_no_file_is_left_that_could_not_be_allocated(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too large"), file_limit(1000):
         allocate_matrix(tmp_path / "a.mmap", (1000, 7), np.float32)
     assert list(tmp_path.iterdir()) == []
 
