@@ -72,8 +72,8 @@ def of_folds() -> Iterator[float]:
 
 def of_damping() -> Iterator[float]:
     """What share of the best each rule reaches, of docs/damping.md."""
-    rows = RESULTS["damping"]["rows"]
-    first = [r for r in rows if r["setting"] in ("mlp", "cnn", "lm")]
+    rows = RESULTS["damping"]["rows"] + RESULTS["damping_lm"]["rows"]
+    first = [r for r in RESULTS["damping"]["rows"] if r["setting"] in ("mlp", "cnn", "lm")]
     for rule in rows[0]["rules"]:
         yield statistics.mean(r["rules"][rule] / r["best"] for r in first)
         yield from (r["rules"][rule] / r["best"] for r in rows)
