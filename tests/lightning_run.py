@@ -5,6 +5,7 @@ Everything random in it follows from the epoch, so that a resumed run passes the
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from cases import Classifier, convnet, loader, train_set, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import distributed
 from torch.utils.data import Dataset, RandomSampler
 
 from trak_dropout.lightning import GradientCollector
@@ -58,6 +60,13 @@ class Kill(pl.Callback):
             return original(batch, dataloader_idx)
 
         pl_module.on_after_batch_transfer = hook  # type: ignore[method-assign]
+
+
+@atexit.register
+def leave() -> None:
+    """End the process group: spawned processes now and then abort at exit with one that is open."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def run(

@@ -224,6 +224,7 @@ TWO = """
 import os, signal, sys
 import numpy as np
 from lightning_fabric import Fabric
+from torch import distributed
 from trak_dropout import self_influence, top_influences
 from trak_dropout.largest import Largest
 from trak_dropout.store import FeatureFiles, remove_store
@@ -237,6 +238,7 @@ def work(fabric, store, out, dies):
              self_influence(files, fabric=fabric),
              self_influence(files, damping=[0.1, 1.0], fabric=fabric)]
     np.savez(f"{out}_{fabric.global_rank}.npz", *found)
+    distributed.destroy_process_group()
 
 if __name__ == "__main__":
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn")

@@ -107,7 +107,7 @@ def _launched(options: argparse.Namespace) -> Any:
         strategy="auto" if single else "ddp" if by_torchrun else "ddp_spawn",
     )
     try:
-        return fabric.launch(_scores, options)  # type: ignore[arg-type]
+        return fabric.launch(_together, options)  # type: ignore[arg-type]
     except (ProcessExitedException, ProcessRaisedException) as error:
         message = str(error).strip()
         if isinstance(error, ProcessExitedException):
@@ -115,6 +115,16 @@ def _launched(options: argparse.Namespace) -> Any:
         _, of_another, told = message.split("\n")[-1].partition("RankError: ")
         own = f"process {error.error_index} of {options.devices} failed: {message.splitlines()[-1]}"
         raise RankError(told if of_another else own) from error
+
+
+def _together(fabric: Any, options: argparse.Namespace) -> Any:
+    """The scores in one of several processes, which leave their group when they are done."""
+    from torch import distributed
+
+    found = _scores(fabric, options)
+    if distributed.is_initialized():  # left open, it now and then aborts a process at exit
+        distributed.destroy_process_group()
+    return found
 
 
 def _scores(
