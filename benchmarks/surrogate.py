@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from _data import fashion_mnist
+from _models import cnn
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from torch import Tensor, nn
@@ -88,22 +89,6 @@ class TextNet(nn.Module):
         return self.out(self.hidden(found).relu())
 
 
-def convnet() -> nn.Module:
-    """The CNN of benchmarks/lds.py."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(1568, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
-
-
 def verses() -> tuple[list[str], np.ndarray]:
     """Texts of all verses, and which of six parts of the Bible each is from."""
     text = subprocess.run(
@@ -136,7 +121,7 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
         order = torch.randperm(len(images), generator=random)[:n]
         yield Setting(
             "image",
-            convnet,
+            cnn,
             10,
             (images[order], flipped(labels[order], 10)),
             (others[:m], answers[:m]),
