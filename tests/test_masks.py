@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from trak_dropout.masks import SCHEMES, Layout, Mask, draw_mask, spans
+from trak_dropout.masks import SCHEMES, Layout, Mask, _deal_by_size, draw_mask, spans
 from trak_dropout.sampling import Stream, UnequalSample
 from trak_dropout.statistics import GradientStatistics, as_matrix
 
@@ -30,8 +30,8 @@ GOLDEN = {
     ),
     "weighted_dropout": (
         [42524, 207691, 372857, 538024, 703191, 868357],
-        [2, 1, 0, 0, 2, 1],
-        [1.0, 1.0, 1.0, -1.0, -1.0, 1.0],
+        [1, 0, 2, 2, 0, 1],
+        [1.0, -1.0, 1.0, 1.0, 1.0, 1.0],
     ),
 }
 
@@ -57,6 +57,8 @@ class Enumerator:
 
     def __init__(self, *key: object) -> None:
         pass
+
+    points = 2000
 
     @classmethod
     def everything(cls, draw: Callable[[], Mask]) -> Iterator[tuple[Mask, float]]:
@@ -89,8 +91,8 @@ class Enumerator:
         return self.choose(itertools.product([1.0, -1.0], repeat=n))
 
     def fraction(self) -> float:
-        # Any u in [0, 1) is as likely as another: the middles of 2000 equal parts stand for it.
-        return float(self.choose(((2 * i + 1) / 4000,) for i in range(2000))[0])
+        # Any u in [0, 1) is as likely as another: the middles of equal parts stand for it.
+        return float(self.choose(((i + 0.5) / self.points,) for i in range(self.points))[0])
 
     deal = Stream.deal
 
@@ -143,21 +145,22 @@ def test_mean_over_everything_that_can_be_drawn_is_exact(
 
 
 @pytest.mark.parametrize("shapes", [[(3, 3)], [(2, 2), (3,)]])
-@pytest.mark.parametrize("proj_dim", [1, 3, 6])
+@pytest.mark.parametrize(("proj_dim", "fold"), [(1, 1), (3, 1), (6, 1), (2, 2), (1, 3)])
 def test_mean_over_weighted_masks_is_exact(
-    monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, ...]], proj_dim: int
+    monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, ...]], proj_dim: int, fold: int
 ) -> None:
     monkeypatch.setattr("trak_dropout.masks.Stream", Enumerator)
+    monkeypatch.setattr(Enumerator, "points", 2000 if fold == 1 else 50)
     of = layout(*shapes)
     masks = Enumerator.everything(
-        lambda: draw_mask("weighted_dropout", of, proj_dim, 0, 0, 1, statistics(of))
+        lambda: draw_mask("weighted_dropout", of, proj_dim, 0, 0, fold, statistics(of))
     )
     mean = mean_square(masks, of.grad_dim)
-    # A coordinate of probability pi is found in pi of the 2000 parts, up to two of them.
-    sample = UnequalSample(statistics(of).weights(), proj_dim)
-    bound = proj_dim * 2 / 2000 / sample.probabilities()
+    # A coordinate of probability pi is found in pi of the parts, up to two of them.
+    sample = UnequalSample(statistics(of).weights(), proj_dim * fold)
+    bound = proj_dim * 2 / Enumerator.points / sample.probabilities()
     assert (np.abs(np.diag(mean) - proj_dim) <= bound).all()
-    assert np.count_nonzero(mean - np.diag(np.diag(mean))) == 0
+    np.testing.assert_allclose(mean - np.diag(np.diag(mean)), 0, atol=1e-12)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -282,6 +285,24 @@ def test_unit_dropout_takes_blocks() -> None:
         assert taken.any(0).sum() == wide
         assert sorted(taken.sum(1)[taken.any(1)])[1:] == [wide] * (taken.any(1).sum() - 1)
         assert 0.5 < (taken.any(1).mean() / taken.any(0).mean()) < 2
+
+
+@settings(deadline=None)
+@given(groups=st.integers(2, 40), fold=st.integers(2, 20), seed=st.integers(0, 100))
+def test_dealing_by_size(groups: int, fold: int, seed: int) -> None:
+    """As many entries in each column, and less noise than by chance: products of their sizes."""
+    random = np.random.default_rng(seed)
+    sizes = random.lognormal(0, 1, groups * fold)
+
+    def noise(columns: np.ndarray) -> float:
+        return float((np.bincount(columns, sizes) ** 2).sum())
+
+    columns = _deal_by_size(sizes, groups)
+    assert np.bincount(columns).tolist() == [fold] * groups
+    by_chance = [noise(random.permutation(groups * fold) // fold) for _ in range(50)]
+    assert noise(columns) <= np.mean(by_chance)
+    top = columns[np.argsort(-sizes)[:groups]]
+    assert len(np.unique(top)) == groups  # the largest are apart
 
 
 def test_weighted_dropout_prefers_large_gradients() -> None:

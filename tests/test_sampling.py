@@ -101,8 +101,9 @@ def test_unequal_samples(data: st.DataObject) -> None:
     if open_.any():
         np.testing.assert_allclose((stated / w)[open_], sample.scale, rtol=1e-9)
     assert (sample.scale * w[~open_] >= 1 - 1e-8).all()
-    positions, probabilities = sample.draw(Stream(data.draw(st.integers())))
+    positions, probabilities, sizes = sample.draw(Stream(data.draw(st.integers())))
     assert len(set(positions.tolist())) == n
+    np.testing.assert_array_equal(sizes, w[positions])
     np.testing.assert_allclose(probabilities, stated[positions])
 
 

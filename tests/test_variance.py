@@ -19,17 +19,29 @@ def pair(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return g, 0.5 * g + random.standard_t(3, LAYOUT.grad_dim)
 
 
-def joint(scheme: str, of: Layout, n: int) -> np.ndarray:
-    """Probabilities that two coordinates are both drawn; the diagonal holds single ones."""
+def joint(scheme: str, of: Layout, n: int, fold: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities that two coordinates are both drawn, and that they share a column as well.
+
+    The diagonals hold the probabilities of single ones.
+    """
     p = of.grad_dim
+    if scheme == "weighted_dropout":
+        return systematic_joint(of, n, fold)
     if scheme == "dropout":
         both = np.full((p, p), n * (n - 1) / (p * (p - 1)))
         np.fill_diagonal(both, n / p)
-        return both
-    if scheme == "unit_dropout":
-        return unit_joint(of, n)
-    # Systematic: the share of starting points for which both are hit.
-    sample, both, points = UnequalSample(statistics(of).weights(), n), np.zeros((p, p)), 4000
+    else:
+        both = unit_joint(of, n)
+    # Dealt out in random order.
+    return both, both * ((fold - 1) / (n - 1) if n > 1 else 0.0)
+
+
+def systematic_joint(of: Layout, n: int, fold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted dropout: the share of starting points for which both are hit, and meet."""
+    weights = statistics(of).weights()
+    sample, points = UnequalSample(weights, n), 4000
+    size = np.concatenate([np.outer(w.rows, w.columns).reshape(-1) for w in weights])
+    both, meet = np.zeros((of.grad_dim, of.grad_dim)), np.zeros((of.grad_dim, of.grad_dim))
 
     class Point(Stream):
         def fraction(self) -> float:
@@ -38,10 +50,17 @@ def joint(scheme: str, of: Layout, n: int) -> np.ndarray:
     for i in range(points):
         point = Point()
         point.at = (i + 0.5) / points
-        hit = np.zeros(p)
-        hit[sample.draw(point)[0]] = 1
+        drawn = sample.draw(point)[0]
+        hit = np.zeros(of.grad_dim)
+        hit[drawn] = 1
         both += np.outer(hit, hit) / points
-    return both
+        # By falling size: first to last column, last to first, and so on.
+        k, falling = n // fold, sorted(drawn.tolist(), key=lambda i: -size[i])
+        for column in range(k):
+            turns = (r * k + (k - 1 - column if r % 2 else column) for r in range(fold))
+            members = [falling[t] for t in turns]
+            meet[np.ix_(members, members)] += 1 / points
+    return both, meet
 
 
 def unit_joint(of: Layout, n: int) -> np.ndarray:
@@ -85,16 +104,14 @@ def unit_joint(of: Layout, n: int) -> np.ndarray:
     return both
 
 
-def variance(g: np.ndarray, h: np.ndarray, both: np.ndarray, k: int, fold: int) -> float:
+def variance(g: np.ndarray, h: np.ndarray, both: np.ndarray, meet: np.ndarray, k: int) -> float:
     """Variance of <Pg, Ph>: of which coordinates are drawn, and of the signs in a column."""
     pi = np.diag(both)
-    ratio = both / np.outer(pi, pi)
     x = g * h
-    drawn = k**2 * x @ (ratio - 1) @ x
+    drawn = k**2 * x @ (both / np.outer(pi, pi) - 1) @ x
     cross = (np.outer(g, h) + np.outer(h, g)) ** 2
     np.fill_diagonal(cross, 0)
-    shared = (fold - 1) / (fold * k - 1) if fold * k > 1 else 0.0
-    return float(drawn + k**2 * shared * (ratio * cross).sum() / 2)
+    return float(drawn + k**2 * (meet / np.outer(pi, pi) * cross).sum() / 2)
 
 
 def simulated(scheme: str, k: int, fold: int, draws: int = 6000) -> np.ndarray:
@@ -119,7 +136,7 @@ def check(products: np.ndarray, mean: float, expected: float) -> None:
 @pytest.mark.parametrize(("k", "fold"), [(12, 1), (6, 4), (50, 1)])
 def test_mean_and_variance(scheme: str, k: int, fold: int) -> None:
     g, h = pair()
-    expected = variance(g, h, joint(scheme, LAYOUT, k * fold), k, fold)
+    expected = variance(g, h, *joint(scheme, LAYOUT, k * fold, fold), k)
     check(simulated(scheme, k, fold), k * (g @ h), expected)
 
 
@@ -136,15 +153,14 @@ def test_variance_where_every_coordinate_is_kept() -> None:
 def test_closed_form_of_uniform_dropout() -> None:
     g, h = pair()
     p, k, x = LAYOUT.grad_dim, 12, g * h
-    both = joint("dropout", LAYOUT, k)
     expected = p**2 * k * (1 - k / p) * x.var(ddof=1)
-    assert variance(g, h, both, k, 1) == pytest.approx(expected)
+    assert variance(g, h, *joint("dropout", LAYOUT, k), k) == pytest.approx(expected)
     fold = 4
-    both = joint("dropout", LAYOUT, k * fold)
+    both, meet = joint("dropout", LAYOUT, k * fold, fold)
     around = (g @ g) * (h @ h) + (g @ h) ** 2 - 2 * x @ x
     drawn = p**2 * k / fold * (1 - fold * k / p) * x.var(ddof=1)
     folded = k * (1 - 1 / fold) * p / (p - 1) * around
-    assert variance(g, h, both, k, fold) == pytest.approx(drawn + folded)
+    assert variance(g, h, both, meet, k) == pytest.approx(drawn + folded)
 
 
 def test_variance_of_gaussian_projection() -> None:

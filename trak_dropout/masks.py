@@ -88,10 +88,12 @@ def draw_mask(
 ) -> Mask:
     """Draw the mask that belongs to the arguments; the same arguments always give the same mask.
 
-    ``fold * proj_dim`` distinct coordinates are drawn by the scheme and dealt out to the columns in
-    random order, with random signs. Where there are fewer, all are kept, and each feeds several
-    columns, as many as another or one more. ``fold=1`` is the pure coordinate dropout of arXiv
-    2509.15651: column j is the j-th kept coordinate, unsigned.
+    ``fold * proj_dim`` distinct coordinates are drawn by the scheme and dealt out to the columns,
+    ``fold`` to each, with random signs: in random order, or by weighted dropout, which knows their
+    sizes, so that large ones share a column with small ones (`_deal_by_size`). Where there are
+    fewer, all are kept, and each feeds several columns, as many as another or one more. ``fold=1``
+    is the pure coordinate dropout of arXiv 2509.15651: column j is the j-th kept coordinate,
+    unsigned.
 
     A coordinate that was drawn with probability ``pi`` and feeds ``c`` columns has the weight
     ``sign * sqrt(proj_dim / (pi c))`` in each. That gives ``E<Pg, Ph> = proj_dim <g, h>`` exactly:
@@ -127,8 +129,13 @@ def draw_mask(
         columns = np.arange(len(kept)) // size
         squares = proj_dim / np.bincount(kept)[kept]
     else:
-        kept, inclusion = _draw(stream, scheme, layout, n, statistics)
-        columns = np.arange(n) if fold == 1 else stream.permutation(n) // fold
+        kept, inclusion, sizes = _draw(stream, scheme, layout, n, statistics)
+        if fold == 1:
+            columns = np.arange(n)
+        elif sizes is None:
+            columns = stream.permutation(n) // fold
+        else:
+            columns = stream.permutation(proj_dim)[_deal_by_size(sizes, proj_dim)]
         squares = proj_dim / inclusion
     order = np.argsort(kept, kind="stable")
     kept, weights = kept[order], np.sqrt(squares[order])
@@ -139,12 +146,12 @@ def draw_mask(
 
 def _draw(
     stream: Stream, scheme: str, layout: Layout, n: int, statistics: GradientStatistics | None
-) -> tuple[Integers, Floats]:
-    """Draw ``n`` distinct coordinates; return them with their inclusion probabilities."""
+) -> tuple[Integers, Floats, Floats | None]:
+    """Draw ``n`` distinct coordinates; return them, their probabilities, and sizes if known."""
     if scheme == "dropout":
-        return stream.distinct(n, layout.grad_dim), np.full(n, n / layout.grad_dim)
+        return stream.distinct(n, layout.grad_dim), np.full(n, n / layout.grad_dim), None
     if scheme == "unit_dropout":
-        return _draw_units(stream, layout, n)
+        return *_draw_units(stream, layout, n), None
     if statistics is None:
         raise ValueError(
             "statistics: weighted_dropout draws by the size of gradients and has seen none; "
@@ -152,6 +159,26 @@ def _draw(
         )
     check_statistics(statistics, layout)
     return UnequalSample(statistics.weights(), n).draw(stream)
+
+
+def _deal_by_size(sizes: Floats, groups: int) -> Integers:
+    """Deal out entries in rounds, largest first, there and back again.
+
+    The noise of a column is the products of its entries' squares. It is least where all columns
+    hold as much, and where a large entry shares its column with small ones only. Which column an
+    entry goes to does not bias anything, because signs are drawn independently of it.
+
+    Args:
+        sizes: of the entries, a multiple of ``groups`` of them.
+        groups: number of columns.
+
+    Returns:
+        The column of each entry.
+    """
+    rounds, places = np.divmod(np.arange(len(sizes)), groups)
+    columns = np.empty(len(sizes), dtype=np.int64)
+    columns[np.argsort(-sizes, kind="stable")] = np.where(rounds % 2, groups - 1 - places, places)
+    return columns
 
 
 def _draw_units(stream: Stream, layout: Layout, n: int) -> tuple[Integers, Floats]:

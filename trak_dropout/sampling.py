@@ -187,17 +187,17 @@ class UnequalSample:
         self._prefix = [np.concatenate([[0.0], np.cumsum(f)]) for f in self._falling]
         self.scale, self._certain = self._solve()
 
-    def draw(self, stream: Stream) -> tuple[Integers, Floats]:
+    def draw(self, stream: Stream) -> tuple[Integers, Floats, Floats]:
         """Draw the sample.
 
         Args:
             stream: random numbers; one is used.
 
         Returns:
-            Positions of the entries among all entries of all matrices, each flattened, and their
-            inclusion probabilities.
+            Positions of the entries among all entries of all matrices, each flattened, their
+            inclusion probabilities, and their weights.
         """
-        lengths, positions, probabilities = [], [], []
+        lengths, positions, probabilities, weights = [], [], [], []
         offset = 0
         for w, order, certain, prefix in self._parts():
             lengths.append(self.scale * w.rows * (prefix[-1] - prefix[certain]))
@@ -206,6 +206,7 @@ class UnequalSample:
             j = np.arange(len(i)) - starts
             positions.append(offset + i * len(w.columns) + order[j])
             probabilities.append(np.ones(len(i)))
+            weights.append(w.rows[i] * w.columns[order[j]])
             offset += len(w.rows) * len(w.columns)
         ends = np.cumsum(np.concatenate(lengths))
         rest = self.n - sum(map(len, positions))
@@ -220,10 +221,11 @@ class UnequalSample:
             j = np.searchsorted(prefix, reach, side="right") - 1
             j = np.clip(j, certain[i], len(w.columns) - 1)
             positions.append(offset + i * len(w.columns) + order[j])
-            probabilities.append(self.scale * w.rows[i] * w.columns[order[j]])
+            weights.append(w.rows[i] * w.columns[order[j]])
+            probabilities.append(self.scale * weights[-1])
             first += len(w.rows)
             offset += len(w.rows) * len(w.columns)
-        return np.concatenate(positions), np.concatenate(probabilities)
+        return np.concatenate(positions), np.concatenate(probabilities), np.concatenate(weights)
 
     def probabilities(self) -> Floats:
         """Inclusion probabilities of all entries: of the order of their number, for small ones."""

@@ -41,7 +41,7 @@ from trak_dropout.scaling import StorageScales
 from trak_dropout.statistics import GradientStatistics
 
 _LOG = logging.getLogger(__name__)
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
