@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,10 @@ class Spectrum:
         self.values.clamp_(min=0)
         # Over all n eigenvalues of X X^T, of which n - k are zero where k < n.
         self.mean = self.trace / self.n
-        self.rms = float((self.values.square().sum() / self.n).sqrt())
+        squares = float(self.values.square().sum())
+        self.rms = math.sqrt(squares / self.n)
+        # Without what the projection itself adds to it.
+        self.denoised = math.sqrt(max((squares - self.trace**2 / self.k) / self.n, self.mean**2))
         self.right = vectors.T @ right
         self.left = vectors if dual else x @ vectors
         # In the dual form X (X^T X + ridge)^-1 X^T has eigenvalues e / (e + ridge).
@@ -41,7 +46,7 @@ class Spectrum:
     def ridge(self, damping: float | str) -> float:
         """The absolute damping for one in units of the mean squared norm, or for ``"auto"``."""
         if damping == "auto":
-            return FLATNESS * self.mean * self.mean / self.rms
+            return FLATNESS * self.mean * self.mean / self.denoised
         return float(damping) * self.mean
 
     def scores(self, ridge: float) -> Tensor:

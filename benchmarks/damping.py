@@ -6,6 +6,8 @@ compressed gradients are compared with the best of the grid (linear datamodeling
 
 - ``flatness``: ``lambda`` is ``6 mean(e)^2 / rms(e)`` over the n eigenvalues e of ``X X^T``, and
   the same with 4 and 9 instead of 6;
+- ``denoised``: the same, with the root-mean-square less what the projection adds to it,
+  ``rms^2 = (|X^T X|_F^2 - trace(X^T X)^2 / k) / n``, at least ``mean^2``;
 - ``mean norm``: ``mean(e)``, the mean squared norm of a compressed gradient, ``trace(X^T X) / n``,
   and a third of it;
 - ``mean eigenvalue``: ``trace(X^T X) / k``;
@@ -80,7 +82,7 @@ def study(setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]
         row = {
             "setting": setting.name, "method": method, "k": k, "n": seeds[0]["n"], "best": best,
             "best_damping": GRID[int(np.argmax(mean["curve"]))], **mean, "rules": rules,
-            "flatness": seeds[0]["flatness"],
+            "flatness": seeds[0]["flatness"], "denoised": seeds[0]["denoised"],
         }  # fmt: skip
         rows.append(row)
         shares = "  ".join(f"{name} {value / best:.3f}" for name, value in rules.items())
@@ -105,6 +107,10 @@ def one(checkpoints: list[Any], masks: np.ndarray, outputs: np.ndarray) -> dict[
     agreed = [agreement([s.scores(d * s.trace / s.k).numpy() for s in spectra]) for d in GRID]
     rules = {
         **{f"flatness, {c}": score([c * s.mean**2 / s.rms for s in spectra]) for c in (4, 6, 9)},
+        **{
+            f"denoised, {c}": score([c * s.mean**2 / s.denoised for s in spectra])
+            for c in (4, 6, 9)
+        },
         "mean norm": score([s.mean for s in spectra]),
         "mean norm / 3": score([s.mean / 3 for s in spectra]),
         "mean eigenvalue": score([s.trace / s.k for s in spectra]),
@@ -116,6 +122,7 @@ def one(checkpoints: list[Any], masks: np.ndarray, outputs: np.ndarray) -> dict[
         "rules": rules,
         "n": spectra[0].n,
         "flatness": [s.mean / s.rms for s in spectra],
+        "denoised": [s.mean / s.denoised for s in spectra],
     }
 
 

@@ -40,7 +40,7 @@ def test_spectrum_is_the_damped_solve(n: int, k: int) -> None:
     torch.testing.assert_close(spectrum.scores(ridge), scores, rtol=1e-4, atol=1e-6)
     leverages = (x.double() @ inverse * x.double()).sum(1)
     torch.testing.assert_close(spectrum.self_influence(ridge), leverages, rtol=1e-4, atol=1e-6)
-    auto = automatic_ridge(gram if k <= n else x.double() @ x.double().T, n)
+    auto = automatic_ridge(gram if k <= n else x.double() @ x.double().T, n, k)
     assert spectrum.ridge("auto") == pytest.approx(auto, rel=1e-4)
 
 

@@ -18,6 +18,7 @@ from trak_dropout import (
     LossOutput,
     plugin,
 )
+from trak_dropout.scoring import automatic_ridge
 
 
 def dense_features(x: Tensor, damping: float | None = None, ridge: float = 0.0) -> Tensor:
@@ -28,8 +29,23 @@ def dense_features(x: Tensor, damping: float | None = None, ridge: float = 0.0) 
         ridge = damping * gram.trace() / x.shape[1]
     elif not ridge:
         eigenvalues = torch.linalg.eigvalsh(x @ x.T)
-        ridge = 6 * eigenvalues.mean() ** 2 / eigenvalues.square().mean().sqrt()
+        mean, noise = eigenvalues.mean(), eigenvalues.sum() ** 2 / x.shape[1] / len(x)
+        mean_square = torch.maximum(eigenvalues.square().mean() - noise, mean**2)
+        ridge = 6 * mean**2 / mean_square.sqrt()
     return x @ torch.linalg.inv(gram + ridge * torch.eye(x.shape[1], dtype=torch.float64))
+
+
+def test_automatic_damping_does_not_depend_on_the_columns() -> None:
+    """The spectrum of the gradients counts, not what their projection adds to it."""
+    torch.manual_seed(0)
+    g = torch.randn(400, 3000, dtype=torch.float64) * torch.linspace(1, 0, 3000) ** 8
+    exact = automatic_ridge(g @ g.T, 400, 10**9)
+    for k in (50, 200, 1000):
+        found = []
+        for _ in range(5):
+            x = g @ torch.randn(3000, k, dtype=torch.float64) / k**0.5
+            found.append(automatic_ridge(x @ x.T, 400, k) / exact)
+        assert abs(np.mean(found) - 1) < 0.05
 
 
 def leverages_of(

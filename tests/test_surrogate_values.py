@@ -69,8 +69,9 @@ def test_gram_matrix_of_the_sampled_rows(tmp_path: Path, columns: int, damping: 
     if damping == "auto":
         inner = np.square(x @ x.T)
         apart = (inner.sum() - np.trace(inner)) / (r * (r - 1))
-        rms = np.sqrt((300 * 299 * apart + 300 * np.trace(inner) / r) / 300)
-        ridge = 6 * np.square(x).sum(1).mean() ** 2 / rms
+        mean = np.square(x).sum(1).mean()
+        mean_square = 299 * apart + np.trace(inner) / r - 300 * mean**2 / columns
+        ridge = 6 * mean**2 / np.sqrt(max(mean_square, mean**2))
     else:
         ridge = damping * np.trace(gram) / columns
     weight = np.array(files.out_to_loss(0), dtype=np.float64)[rows]

@@ -406,7 +406,7 @@ class DampedScoreComputer(AbstractScoreComputer):
             return self.lambda_reg * (own if scale is None else scale) ** 2
         damping = self.damping if damping is None else check_damping(damping)
         if damping == "auto":
-            return automatic_ridge(gram, n)
+            return automatic_ridge(gram, n, k)
         return float(damping) * float(gram.trace()) / k
 
     def _double(self, block: Tensor) -> Tensor:
@@ -450,7 +450,7 @@ def refuse_zero(gram: Tensor) -> None:
         )
 
 
-def automatic_ridge(gram: Tensor, n: int) -> float:
+def automatic_ridge(gram: Tensor, n: int, k: int) -> float:
     """Compute the absolute damping that ``"auto"`` stands for, ``6 mean(e)^2 / rms(e)``.
 
     ``e`` are the ``n`` eigenvalues of ``X X^T``, whose mean is the mean squared norm of a
@@ -463,13 +463,31 @@ def automatic_ridge(gram: Tensor, n: int) -> float:
     Args:
         gram: ``X^T X`` or ``X X^T``.
         n: number of samples.
+        k: number of columns.
 
     Returns:
         What to add to the diagonal.
     """
-    mean = float(gram.trace()) / n
-    root_mean_square = float(torch.linalg.matrix_norm(gram)) / math.sqrt(n)
-    return _FLATNESS * mean * (mean / root_mean_square)
+    return ridge_of_moments(float(gram.trace()) / n, float(gram.square().sum()), n, k)
+
+
+def ridge_of_moments(mean: float, squares: float, n: int, k: int) -> float:
+    """Compute `automatic_ridge` of the moments that it depends on.
+
+    A random projection to ``k`` columns adds about ``trace^2 / k`` to the sum of squares, which
+    makes the spectrum look steeper than it is; that is taken off.
+
+    Args:
+        mean: of the ``n`` eigenvalues.
+        squares: the sum of their squares.
+        n: number of samples.
+        k: number of columns.
+
+    Returns:
+        What to add to the diagonal.
+    """
+    mean_square = max((squares - (n * mean) ** 2 / k) / n, mean**2)
+    return _FLATNESS * mean**2 / math.sqrt(mean_square)
 
 
 def check_damping(damping: float | str) -> float | str:

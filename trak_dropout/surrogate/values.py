@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -14,7 +13,7 @@ from trak import TRAKer
 
 from trak_dropout._checks import check_integer
 from trak_dropout.ranking import Targets
-from trak_dropout.scoring import _FLATNESS, DampedScoreComputer, GramError, refuse_zero
+from trak_dropout.scoring import DampedScoreComputer, GramError, refuse_zero, ridge_of_moments
 from trak_dropout.store import FeatureFiles
 from trak_dropout.streaming import files_and_computer
 
@@ -144,13 +143,13 @@ def _extrapolated(
     A relative number needs nothing: it scales with the Gram matrix. The rule of `automatic_ridge`
     takes ``|X X^T|_F^2``, whose diagonal grows with n and whose rest with its square.
     """
-    norms, count = grads.double().square().sum(1), len(grads)
+    norms, (count, k) = grads.double().square().sum(1), grads.shape
     if count < 2:
         raise ValueError("rows: 'auto' damping from a sample needs two rows at least, got 1")
     diagonal = float(norms.square().sum())
     apart = float(gram.square().sum()) - diagonal
     frobenius = size * (size - 1) * apart / (count * (count - 1)) + size * diagonal / count
-    ridge = _FLATNESS * float(norms.mean()) ** 2 / math.sqrt(frobenius / size)
+    ridge = ridge_of_moments(float(norms.mean()), frobenius, size, k)
     return DampedScoreComputer(computer.dtype, computer.device, lambda_reg=ridge * count / size)
 
 
