@@ -28,7 +28,7 @@ def test_parameters_are_those_of_a_gpt_neox_model(width: int, layers: int, vocab
 
 
 def test_time_is_the_sum_of_its_parts() -> None:
-    work = Work(parameters=1000, multiply_adds=5000, tokens=2, activations=10)
+    work = Work(parameters=1000, multiply_adds=5000, tokens=2, factors=10, graph=7)
     found = estimate(work, SPEED, 30, 4, fold=3, checkpoints=2, targets=7, batch_size=10)
     sample = 5000 * 1e-3 + 12 * 2 * 1e-2 + 0.5 / 10
     assert math.isclose(found.collecting, 2 * 30 * sample)
