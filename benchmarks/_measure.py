@@ -80,17 +80,23 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function and take note of new storages."""
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                self._see(value, was_there=True)  # such as weights, though this is their first view
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                key = storage._cdata
-                if key not in self._sizes:
-                    self._sizes[key] = storage.nbytes()
-                    self.total += storage.nbytes()
-                    weakref.finalize(storage, self._gone, key)
+                self._see(value)
         self.peak = max(self.peak, self.total)
         return result
+
+    def _see(self, value: torch.Tensor, was_there: bool = False) -> None:
+        storage = value.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = 0 if was_there else storage.nbytes()
+            self.total += self._sizes[key]
+            weakref.finalize(storage, self._gone, key)
 
 
 def peak_of_tensors(make: Callable[..., Call | None], *arguments: Any) -> float:

@@ -71,6 +71,9 @@ class Attribution:
 
     Args:
         values: scores ``(n, m)`` or self-influence ``(n,)``, by damping.
+        normalized: scores divided by the root of the training sample's self-influence at the same
+            damping, so that samples with large gradients do not lead everywhere (RelatIF, arXiv
+            2003.11630), by damping; empty where the method has none.
         seconds: to get there from the trained models, at one damping.
         collecting: of these, until gradients of training set and targets are compressed.
         projecting: of these, in the projection alone, where it can be told apart.
@@ -78,6 +81,7 @@ class Attribution:
     """
 
     values: dict[Damping, np.ndarray] = field(default_factory=dict)
+    normalized: dict[Damping, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
     collecting: float = 0.0
     projecting: float | None = None
@@ -211,7 +215,12 @@ def spectral(
         spectra = [] if solve else [Spectrum(x, targets) for x, targets, _ in checkpoints]
         if solve:
             _solve_once(problem, checkpoints)
-    attribution = Attribution({}, measured.seconds, collecting, projecting, measured.megabytes)
+    attribution = Attribution(
+        seconds=measured.seconds,
+        collecting=collecting,
+        projecting=projecting,
+        megabytes=measured.megabytes,
+    )
     spectra = spectra or [Spectrum(x, targets) for x, targets, _ in checkpoints]
     weight = sum(q.double() for _, _, q in checkpoints) / len(checkpoints)
     for damping in (*GRID, "auto"):
@@ -219,6 +228,9 @@ def spectral(
         pairs = list(zip(spectra, ridges, strict=True))
         if problem.wanted == "scores":
             value = sum(s.scores(r) for s, r in pairs) * weight
+            roots = [s.self_influence(r).sqrt().clamp_min(1e-300) for s, r in pairs]
+            relative = sum(s.scores(r) / q[:, None] for (s, r), q in zip(pairs, roots, strict=True))
+            attribution.normalized[damping] = relative.cpu().numpy()
         else:
             value = sum(s.self_influence(r) for s, r in pairs)
         attribution.values[damping] = value.cpu().numpy()
@@ -290,13 +302,23 @@ def dot_product(problem: Problem, k: int) -> Attribution:
     with Measured() as measured:
         checkpoints, collecting, _ = compressed(problem, lambda model: _Whole(), factored=False)
         value: Any = 0.0
+        cosine: Any = 0.0
         for x, targets, q in checkpoints:
+            squares = torch.cat([part.double().square().sum(1) for part in x.split(256)])
             if problem.wanted == "scores":
-                value = value + product(x, targets) * q
+                plain = product(x, targets)
+                value = value + plain * q
+                cosine = cosine + plain / squares.sqrt().clamp_min(1e-300)[:, None]
             else:
-                value = value + x.double().square().sum(1)
-    found = {"none": value.cpu().numpy()}
-    return Attribution(found, measured.seconds, collecting, None, measured.megabytes)
+                value = value + squares
+    return Attribution(
+        {"none": value.cpu().numpy()},
+        {"none": cosine.cpu().numpy()} if problem.wanted == "scores" else {},
+        measured.seconds,
+        collecting,
+        None,
+        measured.megabytes,
+    )
 
 
 def chance(problem: Problem, k: int) -> Attribution:
@@ -313,7 +335,9 @@ def loss(problem: Problem, k: int) -> Attribution:
         raise MissingError("a sample's loss says nothing about a target")
     with Measured() as measured:
         value = sum(problem.losses(model) for model in problem.models)
-    return Attribution({"none": np.asarray(value)}, measured.seconds, 0.0, None, measured.megabytes)
+    return Attribution(
+        {"none": np.asarray(value)}, seconds=measured.seconds, megabytes=measured.megabytes
+    )
 
 
 def methods() -> dict[str, Method]:

@@ -80,6 +80,11 @@ class Setting:
         train, targets = (tuple(t.to(device) for t in b) for b in (self.train, self.targets))
         return replace(self, train=train, targets=targets)
 
+    def of_targets(self, rows: Tensor) -> Setting:
+        """The same with some of its targets."""
+        origin = self.origin and (self.origin[0], self.origin[1][rows])
+        return replace(self, targets=take(self.targets, rows), origin=origin)
+
     def relabeled(self, labels: Tensor) -> Setting:
         """The same with other training labels."""
         return replace(self, train=(*self.train[:-1], labels))
@@ -236,11 +241,21 @@ def text_topics(n: int = 300, m: int = 60, folder: Path = _data.FASHION_MNIST) -
 
 
 def byte_lm(
-    n: int = 600, m: int = 240, folder: Path = _data.FASHION_MNIST, count: int = 6
+    n: int = 1200, m: int = 720, folder: Path = _data.FASHION_MNIST, count: int = 6
 ) -> Setting:
     """A GPT-NeoX model of bytes on a mixture of at least six sources of real text, loss."""
-    length = 64
-    texts = _data.sources(count, 300_000)
+    return _bytes("byte GPT-NeoX", n, m, count, 64, width=64, epochs=15)
+
+
+def few_bytes(
+    n: int = 480, m: int = 240, folder: Path = _data.FASHION_MNIST, count: int = 6
+) -> Setting:
+    """A smaller one, to be trained again and again."""
+    return _bytes("small byte GPT-NeoX", n, m, count, 64, width=32, epochs=10)
+
+
+def _bytes(name: str, n: int, m: int, count: int, length: int, width: int, epochs: int) -> Setting:
+    texts = _data.sources(count, 600_000)
     random = torch.Generator().manual_seed(0)
     rows, held, origins, held_origins = [], [], [], []
     for source, text in enumerate(texts.values()):
@@ -254,13 +269,13 @@ def byte_lm(
         origins.append(torch.full((len(rows[-1]),), source))
         held_origins.append(torch.full((len(held[-1]),), source))
     return Setting(
-        "byte GPT-NeoX",
-        _models.neox(64, 2, 4, 128, length),
+        name,
+        _models.neox(width, 2, width // 16, 128, length),
         CausalLMOutput(),
         (torch.cat(rows),),
         (torch.cat(held),),
-        12,
-        2e-3,
+        epochs,
+        3e-3,
         batch_size=32,
         dense=False,
         sources=tuple(texts),
@@ -279,6 +294,7 @@ SETTINGS: dict[str, Callable[..., Setting]] = {
     "cifar10": cifar10_resnet9,
     "text": text_topics,
     "bytes": byte_lm,
+    "few bytes": few_bytes,
 }
 
 

@@ -15,6 +15,8 @@ import torch
 from _data import FASHION_MNIST
 
 HERE = Path(__file__).parent
+# Of results files, where a study has changed what it writes: older files are not shown.
+FORMATS = {"mislabel": 2, "crosssource": 2, "retrain": 2, "scale": 2}
 Row = dict[str, Any]
 
 
@@ -29,7 +31,9 @@ def parser(doc: str, name: str) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--quick", action="store_true", help="a minute: fewer of everything")
-    found.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
+    found.add_argument(
+        "--seeds", type=int, default=3, help="number of seeds (default: %(default)s)"
+    )
     found.add_argument("--methods", nargs="+", help="run only these methods")
     found.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     found.add_argument("--cache", type=Path, default=HERE / "cache", help="for trained models")
@@ -81,6 +85,12 @@ class Cells:
         found = next((r for r in self.rows if all(r.get(k) == v for k, v in key.items())), None)
         if found is not None and found not in self.used:
             self.used.append(found)
+        return found
+
+    def all(self, **key: Any) -> list[Row]:
+        """All measurements that a key is part of."""
+        found = [r for r in self.rows if all(r.get(k) == v for k, v in key.items())]
+        self.used += [row for row in found if row not in self.used]
         return found
 
     def add(self, row: Row) -> None:
@@ -167,12 +177,13 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(path: Path, options: argparse.Namespace, **content: Any) -> None:
-    """Write results, complete or not at all."""
+    """Write results, complete or not at all; the file is called after the study."""
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         k: v for k, v in vars(options).items() if k not in ("out", "cache", "fashion_mnist")
     }
-    text = json.dumps({"machine": machine(options), "options": settings, **content}, indent=1)
+    head = {"format": FORMATS.get(path.stem, 1), "machine": machine(options), "options": settings}
+    text = json.dumps({**head, **content}, indent=1)
     fresh = path.with_suffix(".new")
     fresh.write_text(text + "\n")
     fresh.replace(path)

@@ -16,16 +16,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from _study import HERE, Row, shown, table
+from _study import FORMATS, HERE, Row, shown, table
 
 PAGE = HERE.parent / "docs" / "evidence.md"
 Results = dict[str, Any]
 
 
 def results(name: str) -> Results | None:
-    """Results of a study; None where it has not been run."""
+    """Results of a study; None where it has not been run as it is now."""
     file = HERE / "results" / f"{name}.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    found = json.loads(file.read_text()) if file.is_file() else {"format": None}
+    return found if found.get("format", 1) == FORMATS.get(name, 1) else None
 
 
 def percent(value: Results, digits: int = 1) -> str:
@@ -45,6 +46,24 @@ def verdict(claim: str, worst: float, low: float, seen: str) -> str:
     """
     word = "holds" if low >= 0 else "holds on average, within the spread of seeds"
     return f"- {claim}: **{word if worst >= 0 else 'does not hold'}**. {seen}"
+
+
+def as_much(claim: str, value: Results, effect_is_clear: bool, seen: str) -> str:
+    """One line: whether one effect is at least another, where both are there at all.
+
+    Args:
+        claim: what was asked.
+        value: the difference of the effects.
+        effect_is_clear: whether the first one is beyond chance.
+        seen: the figure.
+    """
+    if value["low"] >= 0:
+        word = "holds"
+    elif value["high"] >= 0 and effect_is_clear:
+        word = "holds within the spread of seeds"
+    else:
+        word = "does not hold"
+    return f"- {claim}: **{word}**. {seen}"
 
 
 def above(value: Results, least: float) -> tuple[float, float]:
@@ -192,40 +211,80 @@ def mislabel_verdict(found: Results) -> str:
                 f"({least['setting']}, {least['share']:.0%}).",
             )
         )
-    costs = [{"of": f"{100 * r['of_collecting']:.1f} %", **r} for r in found["cost"]]
-    ours = [r for r in found["cost"] if r["method"] == "dropout, fold 1"]
-    most = max(r["of_collecting"] for r in ours)
+    large = [r for r in found["cost"] if r["p"] > 10**6] or found["cost"]
+    of = {fold: [r for r in large if r["method"] == f"dropout, fold {fold}"] for fold in (1, 16)}
+    names = ", ".join(dict.fromkeys(r["setting"] for r in large))
+    for fold, what in ((1, "pure dropout"), (16, "the default fold")):
+        most = max(r["of_trak"] for r in of[fold])
+        lines.append(
+            verdict(
+                f"Compressing finished gradients under 1 % of TRAK's gradient computer, {what}",
+                0.01 - most,
+                0.01 - most,
+                f"At most {100 * most:.2f} % ({names}).",
+            )
+        )
+    for rows, where in ((large, names), (found["cost"], "the study's small models as well")):
+        most = max(r["added"] for r in rows if r["method"] == "dropout, fold 16")
+        lines.append(
+            verdict(
+                "The package's own pipeline adds under 1 % to TRAK's gradient computer, the "
+                f"default fold, {where}",
+                0.01 - most,
+                0.01 - most,
+                f"At most {100 * most:+.0f} %.",
+            )
+        )
+    most = max(r["of_ours"] for r in found["cost"] if r["method"] == "dropout, fold 1")
     lines.append(
         verdict(
-            "Compression itself under 1 % of collecting (pure dropout)",
+            "Compressing finished gradients under 1 % of our own collecting, pure dropout, all "
+            "models",
             0.01 - most,
             0.01 - most,
-            f"At most {100 * most:.1f} %; of all schemes:",
+            f"At most {100 * most:.1f} %.",
         )
     )
+    of_row = {
+        f"{r['setting']}, p = {r['p'] / 1e6:.2g}M, batch of {r['batch']}: {r['method']}": r
+        for r in found["cost"]
+    }
+    shares: dict[str, Callable[[Row], str]] = {
+        "of TRAK's computer": lambda r: f"{100 * r['of_trak']:.2f} %",
+        "own pipeline beyond it": lambda r: f"{100 * r['added']:+.0f} %",
+        "of our collecting": lambda r: f"{100 * r['of_ours']:.2f} %",
+    }
     lines += [
         "",
-        pivot(costs, lambda r: r["method"], lambda r: r["setting"], lambda r: r["of"], "cost"),
-    ]
+        table(list(of_row), list(shares), lambda n, c: shares[c](of_row[n]), "cost at k = "
+              f"{found['options']['proj_dim']}"),
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
 def retrain_loss(found: Results) -> str:
-    """Loss after removal, accuracy or perplexity beside it."""
-    parts = [f"{machine(found)} {found['options']['retrains']} trainings for each."]
+    """What removal adds to the loss of a group of targets, accuracy or perplexity beside it."""
+    o = found["options"]
+    parts = [
+        f"{machine(found)} {o['groups']} groups of at most {o['size']} targets of one label, "
+        f"{o['checkpoints']} checkpoints, k = {o['proj_dim']}, {o['retrains']} "
+        f"training{'s' if o['retrains'] > 1 else ''} for each group, share and seed."
+    ]
     for setting in dict.fromkeys(r["setting"] for r in found["rows"]):
         here = [r for r in found["rows"] if r["setting"] == setting]
         other = "accuracy" if here[0]["accuracy"] else "perplexity"
-        digits = 3 if other == "accuracy" else 2
+        base = next(r for r in here if r["share"] == 0)
         parts += [
             "",
             pivot(
-                here,
+                [r for r in here if r["share"]],
                 lambda r: r["method"],
-                lambda r: f"{r['share']:.0%}",
-                lambda r, o=other, d=digits: f"{shown(r['loss'])}; {shown(r[o], d)}",
-                f"{setting}: loss; {other}",
+                lambda r: f"{r['share']:.0%} removed",
+                lambda r, o=other: f"{shown(r['effect'])}; {r[o]['mean']:.2f}",
+                f"{setting}: loss added; {other}",
             ),
+            "",
+            f"Nothing removed: loss {base['loss']['mean']:.3f}, {other} {base[other]['mean']:.2f}.",
         ]
     return "\n".join(parts)
 
@@ -233,22 +292,32 @@ def retrain_loss(found: Results) -> str:
 def retrain_verdict(found: Results) -> str:
     """Whether removal by our scores hurts as much as by Gaussian ones."""
     lines = []
-    for peer, word in (
-        ("Gaussian", "at least as much as by Gaussian's"),
-        ("random", "more than random"),
-    ):
-        for scheme in dict.fromkeys(r["scheme"] for r in found["compared"]):
-            here = [r for r in found["compared"] if (r["peer"], r["scheme"]) == (peer, scheme)]
-            least = min(here, key=lambda r: r["loss"]["mean"])
-            lines.append(
-                verdict(
-                    f"Removing by scores of {scheme} hurts {word}",
-                    *above(least["loss"], 0),
-                    f"Least difference in loss {shown(least['loss'])} "
-                    f"({least['setting']}, {least['share']:.0%}), mean over settings and shares "
-                    f"{sum(r['loss']['mean'] for r in here) / len(here):.3f}.",
+    of = {
+        (r["scheme"], r["peer"], r["setting"], r["share"]): r["effect"] for r in found["compared"]
+    }
+    schemes = dict.fromkeys(r["scheme"] for r in found["compared"])
+    settings = list(dict.fromkeys(r["setting"] for r in found["rows"]))
+    wholes = [*settings, None] if len(settings) > 1 else settings
+    for scheme in schemes:
+        for setting in wholes:
+            where = setting or "all settings"
+            floor = of.get((scheme, "random", setting, None))
+            clear = floor is not None and floor["low"] > 0
+            for peer, word in (
+                ("random", "more than random"),
+                ("random, same label", "more than random samples of the same label"),
+                ("Gaussian", "at least as much as by Gaussian's"),
+            ):
+                value = of.get((scheme, peer, setting, None))
+                if value is None:
+                    continue
+                claim = f"Removing by scores of {scheme} hurts {word}, {where}"
+                seen = f"Difference in loss {shown(value)}."
+                lines.append(
+                    as_much(claim, value, clear, seen)
+                    if peer == "Gaussian"
+                    else verdict(claim, *above(value, 0), seen)
                 )
-            )
     return "\n".join(lines)
 
 
@@ -267,20 +336,26 @@ def crosssource_shares(found: Results) -> str:
 def crosssource_verdict(found: Results) -> str:
     """Whether the claims on the first one hold."""
     lines = []
-    for peer in ("Gaussian", "own embeddings", "MiniLM embeddings"):
-        here = [r for r in found["compared"] if r["peer"] == peer]
-        if not here:
-            continue
-        for scheme in ("dropout", max(here, key=lambda r: r["top1"]["mean"])["scheme"]):
-            row = next(r for r in here if r["scheme"] == scheme)
-            lines.append(
-                verdict(
-                    f"Top-1 share of {scheme} at least that of {peer}",
-                    *above(row["top1"], 0),
-                    f"Difference {percent(row['top1'])} points.",
-                )
+    ends = ", normalized"
+    for scheme in ("dropout", "dropout" + ends):
+        for peer in ("Gaussian", "own embeddings", "MiniLM embeddings"):
+            name = peer + ends if peer == "Gaussian" and scheme.endswith(ends) else peer
+            row = next(
+                (r for r in found["compared"] if (r["scheme"], r["peer"]) == (scheme, name)), None
             )
-    return "\n".join(dict.fromkeys(lines))
+            if row is None:
+                continue
+            line = verdict(
+                f"Top-1 share of {scheme} at least that of {name}",
+                *above(row["top1"], 0),
+                f"Difference {percent(row['top1'])} points.",
+            )
+            if row["top1"]["mean"] < 0 <= row["top1"]["high"]:
+                line = line.replace(
+                    "does not hold", "does not hold on average, within the spread of seeds"
+                )
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def scale_points(found: Results) -> str:
@@ -293,12 +368,22 @@ def scale_points(found: Results) -> str:
         "seconds": lambda r: shown(r["seconds"]),
         "of plain": lambda r: shown(r["of_plain"], 2),
         "estimate of measured": lambda r: f"{r['of_measured']:.2f}",
-        "MB": lambda r: f"{r['megabytes']:.0f}" if r.get("megabytes") else "",
-        "estimated MB": lambda r: f"{r['predicted_megabytes']:.0f}" if r.get("megabytes") else "",
     }
     return f"{machine(found)}\n\n" + table(
         names, list(cells), lambda n, c: cells[c](of[n]), "shape"
     )
+
+
+def scale_memory(found: Results) -> str:
+    """Peak memory beside the estimate."""
+    of = {f"{r['shape']}, batch of {r['batch']}, T = {r['tokens']}": r for r in found["memory"]}
+    columns = {
+        "MB of the process": "megabytes",
+        "estimate": "predicted_megabytes",
+        "MB of tensors": "tensor_megabytes",
+        "estimate of tensors": "predicted_tensor_megabytes",
+    }
+    return table(list(of), list(columns), lambda n, c: f"{of[n][columns[c]]:.0f}", "shape")
 
 
 def scale_verdict(found: Results) -> str:
@@ -322,7 +407,7 @@ def scale_verdict(found: Results) -> str:
         )
     )
     times = [r["of_measured"] for r in [*found["rows"], *found["solving"]]]
-    room = [r["predicted_megabytes"] / r["megabytes"] for r in found["rows"] if r.get("megabytes")]
+    room = [r["predicted_megabytes"] / r["megabytes"] for r in found["memory"]]
     for what, shares in (("time", times), ("memory", room)):
         inside = sum(0.75 <= share <= 1.25 for share in shares)
         met = 0.0 if inside == len(shares) else -1.0
@@ -355,6 +440,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "crosssource shares": ("crosssource", crosssource_shares),
     "crosssource verdict": ("crosssource", crosssource_verdict),
     "scale points": ("scale", scale_points),
+    "scale memory": ("scale", scale_memory),
     "scale verdict": ("scale", scale_verdict),
     "lds picture": picture("lds", "Score over time"),
     "mislabel picture": picture("mislabel", "Recall over the share inspected"),

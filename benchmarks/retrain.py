@@ -1,33 +1,37 @@
 """Retraining without the most influential samples (the paper's second task), against peers.
 
-Training samples are ranked by the sum of their scores for all targets. The first 1, 5, 10 and 20 %
-are removed, the model is trained again with other seeds, and the targets' loss and accuracy (or
-perplexity) tell how much they mattered; removing random samples is the floor. A narrow ResNet-9 on
+Targets come in groups of one class, or one source of text. For each group training samples are
+ranked by the sum of their scores, averages over several checkpoints, for the group's targets. The
+first of them are removed, the model is trained again, and the group's mean loss tells how much they
+mattered. All methods are trained again with the same seeds, so that their differences, and those to
+a training from which nothing is removed, are paired. Two floors: random samples, and random samples
+of the group's own class, which tells what knowing the label alone would do. A narrow ResNet-9 on
 Fashion-MNIST, and a GPT-NeoX model of bytes on six sources of text. `--least` removes the least
 helpful samples instead. Retraining for each damping would cost too much to choose it, so every
 method that damps takes the rule `damping="auto"`, which sees the method's own gradients only.
 
-    python benchmarks/retrain.py                   # small setting
+    python benchmarks/retrain.py                   # small setting, about ten minutes
     python benchmarks/retrain.py --quick           # a minute
-    python benchmarks/retrain.py --settings cifar10 --n 50000 --retrains 5 --device cuda
+    python benchmarks/retrain.py --settings cifar10 --n 50000 --groups 10 --size 100 --device cuda
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
+from _data import MissingError
 from _methods import Problem, methods, run
-from _settings import Setting, load
+from _settings import Batch, Setting, load, take
 from _study import (
     Cells,
     Row,
     difference,
     interval,
-    means,
     parser,
     shown,
     table,
@@ -37,116 +41,202 @@ from _training import train, trained
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+NOTHING, RANDOM, SAME = "nothing removed", "random", "random, same label"
+FLOORS = (RANDOM, SAME)
 # Any method of `_methods.methods` that scores targets will do; these are run by default.
-ORDER = ("dropout", "Gaussian", "random")
-NOTHING = "nothing removed"
+ORDER = ("dropout", "Gaussian", *FLOORS)
 
 
-def ranked_by(options: argparse.Namespace) -> list[str]:
-    """The methods to remove by."""
-    return list(options.methods or ORDER)
+def labels_of(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    """The label, or source, of each training sample and of each target."""
+    return setting.origin or (setting.train[-1], setting.targets[-1])
 
 
-def evaluate(setting: Setting, model: torch.nn.Module) -> dict[str, float]:
-    """Mean loss of the targets, and accuracy or perplexity."""
+def groups_of(setting: Setting, count: int, size: int) -> list[torch.Tensor]:
+    """Targets in groups of one label each: numbers of the targets of each group.
+
+    Args:
+        setting: the setting.
+        count: of groups; they take turns over labels.
+        size: most targets of a group.
+
+    Raises:
+        MissingError: a group is left without targets.
+    """
+    labels = labels_of(setting)[1].cpu()
+    known = labels.unique().tolist()
+    found = []
+    for number in range(count):
+        again, label = divmod(number, len(known))
+        group = torch.nonzero(labels == known[label]).flatten()[again * size : (again + 1) * size]
+        if not len(group):
+            raise MissingError(f"{setting.name} has too few targets for {count} groups of {size}")
+        found.append(group)
+    return found
+
+
+def evaluate(setting: Setting, model: torch.nn.Module, targets: Batch) -> dict[str, float]:
+    """Mean loss of some targets, and accuracy or perplexity."""
     with torch.no_grad():
-        loss = float(setting.losses(model, setting.targets).mean())
-        logits, labels = setting.predict(model, setting.targets)
+        loss = float(setting.losses(model, targets).mean())
+        logits, labels = setting.predict(model, targets)
     if labels.ndim > 1:
         return {"loss": loss, "perplexity": math.exp(loss)}
     return {"loss": loss, "accuracy": float((logits.argmax(-1) == labels).float().mean())}
 
 
-def ranking(
-    setting: Setting, method: str, seed: int, options: argparse.Namespace
-) -> tuple[np.ndarray, float] | None:
-    """Training samples in the order in which they go, and the seconds that took."""
-    model = trained(setting, seed, options.cache)
-    problem = Problem(setting, [model], seed, batch_size=100)
-    found = run(methods()[method], problem, options.proj_dim)
+def rankings(
+    setting: Setting,
+    method: str,
+    seed: int,
+    groups: list[torch.Tensor],
+    options: argparse.Namespace,
+) -> list[np.ndarray] | None:
+    """For each group training samples in the order in which they go; None if the method cannot."""
+    if method in FLOORS:
+        random = np.random.default_rng(seed)
+        order = random.permutation(setting.n)
+        if method == RANDOM:
+            return [order] * len(groups)
+        of_train, of_targets = (labels.cpu().numpy() for labels in labels_of(setting))
+        own = [of_train[order] == of_targets[group[0]] for group in groups]
+        return [np.concatenate([order[same], order[~same]]) for same in own]
+    count = options.checkpoints
+    models = [trained(setting, count * seed + i, options.cache) for i in range(count)]
+    found = run(methods()[method], Problem(setting, models, seed, batch_size=100), options.proj_dim)
     if found is None:
         return None
     values = found.values.get("auto", next(iter(found.values.values())))
-    total = values.sum(1)
-    return np.argsort(total if options.least else -total, kind="stable"), found.seconds
+    sums = [values[:, group.numpy()].sum(1) for group in groups]
+    return [np.argsort(total if options.least else -total, kind="stable") for total in sums]
 
 
 def measure(options: argparse.Namespace, cells: Cells) -> None:
     """Fill the cells."""
+    names = list(options.methods or ORDER)
     for name in options.settings:
         sizes = (150, 60) if options.quick else (options.n,) if options.n else ()
-        setting = load(name, *sizes, folder=options.fashion_mnist, device=options.device)
-        total = (
-            options.seeds * options.retrains * (1 + len(ranked_by(options)) * len(options.shares))
-        )
-        bar = tqdm(total=total, desc=f"{setting.name}: trained again")
-        for seed in range(options.seeds):
-            for method in (NOTHING, *ranked_by(options)):
-                shares = [0.0] if method == NOTHING else options.shares
-                todo = [
-                    (share, again)
-                    for share in shares
-                    for again in range(options.retrains)
-                    if cells.get(
-                        setting=setting.name, seed=seed, method=method, share=share, again=again
-                    )
-                    is None
+        try:
+            setting = load(name, *sizes, folder=options.fashion_mnist, device=options.device)
+        except MissingError as error:
+            print(f"{name} is left out: {error}", flush=True)
+            continue
+        groups = groups_of(setting, options.groups, options.size)
+        kept = torch.cat(groups)
+        setting, targets = setting.of_targets(kept), [take(setting.targets, g) for g in groups]
+        places = list(torch.arange(len(kept)).split([len(group) for group in groups]))
+        # Where the order is the same for all groups one training serves them all.
+        jobs = [(NOTHING, 0.0, list(range(len(groups))))]
+        for method in names:
+            for share in options.shares:
+                together = [list(range(len(groups)))]
+                apart = [[i] for i in range(len(groups))]
+                jobs += [
+                    (method, share, some) for some in (together if method == RANDOM else apart)
                 ]
-                bar.update(len(shares) * options.retrains - len(todo))
-                ranked = (
-                    (np.arange(setting.n), 0.0)
-                    if method == NOTHING
-                    else ranking(setting, method, seed, options)
-                    if todo
-                    else None
-                )
-                for share, again in todo if ranked is not None else ():
-                    kept = np.sort(ranked[0][round(share * setting.n) :])
-                    model = train(setting, torch.from_numpy(kept), 10_000 + 100 * seed + again)
-                    cells.add(
-                        {
-                            "setting": setting.name, "seed": seed, "method": method,
-                            "share": share, "again": again, "seconds": ranked[1],
-                            **evaluate(setting, model),
-                        }
-                    )  # fmt: skip
+        bar = tqdm(
+            total=len(jobs) * options.seeds * options.retrains,
+            desc=f"{setting.name}: trained again",
+        )
+        for seed in range(options.seeds):
+            orders: dict[str, list[np.ndarray] | None] = {NOTHING: [np.arange(setting.n)]}
+            for method, share, some in jobs:
+                for again in range(options.retrains):
                     bar.update()
+                    key: Row = {
+                        "setting": setting.name, "seed": seed, "method": method,
+                        "share": share, "again": again,
+                    }  # fmt: skip
+                    if None not in [cells.get(**key, group=g) for g in some]:
+                        continue
+                    if method not in orders:
+                        orders[method] = rankings(setting, method, seed, places, options)
+                    order = orders[method]
+                    if order is None:
+                        continue
+                    left = np.sort(order[some[0]][round(share * setting.n) :])
+                    model = train(setting, torch.from_numpy(left), 10_000 + 100 * seed + again)
+                    for g in some:
+                        cells.add({**key, "group": g, **evaluate(setting, model, targets[g])})
         bar.close()
 
 
 def summarize(cells: list[Row]) -> list[Row]:
-    """Mean and interval over seeds, each the mean over trainings."""
+    """Mean and interval over seeds, each the mean over groups and trainings.
+
+    ``effect`` is the loss beyond that of the training with the same seed from which nothing was
+    removed.
+    """
     rows = []
+    base = {
+        (c["setting"], c["seed"], c["again"], c["group"]): c["loss"]
+        for c in cells
+        if c["method"] == NOTHING
+    }
     for key in dict.fromkeys((c["setting"], c["method"], c["share"]) for c in cells):
         here = [c for c in cells if (c["setting"], c["method"], c["share"]) == key]
+        seeds = sorted({c["seed"] for c in here})
         row: Row = {"setting": key[0], "method": key[1], "share": key[2]}
         for metric in ("loss", "accuracy", "perplexity"):
-            by_seed = [
-                means([c for c in here if c["seed"] == seed], metric)
-                for seed in sorted({c["seed"] for c in here})
+            row[metric] = (
+                interval(
+                    statistics.mean(c[metric] for c in here if c["seed"] == seed) for seed in seeds
+                )
+                if metric in here[0]
+                else None
+            )
+        effects = [
+            [
+                c["loss"] - base[c["setting"], seed, c["again"], c["group"]]
+                for c in here
+                if c["seed"] == seed
             ]
-            row[metric] = None if None in by_seed else interval(v for v in by_seed if v is not None)
+            for seed in seeds
+        ]
+        row["effect"] = interval(statistics.mean(values) for values in effects)
         rows.append(row)
     return rows
 
 
 def compared(rows: list[Row]) -> list[Row]:
-    """Loss after removal by our scores, minus that by others."""
-    cell = {(r["setting"], r["method"], r["share"]): r["loss"] for r in rows}
-    return [
-        {
-            "setting": setting, "scheme": scheme, "peer": peer, "share": share,
-            "loss": difference(loss, cell[setting, peer, share]),
-        }
-        for (setting, scheme, share), loss in cell.items()
-        if "dropout" in scheme
-        for peer in ("Gaussian", "gradient dot product", "random")
-        if (setting, peer, share) in cell
-    ]  # fmt: skip
+    """Effect of removal by our scores, minus that of others, seed by seed.
+
+    Each also over all shares of a setting (``share`` is None), and over all settings and shares
+    (``setting`` is None as well).
+    """
+    cell = {(r["setting"], r["method"], r["share"]): r["effect"] for r in rows}
+    ours = dict.fromkeys(r["method"] for r in rows if "dropout" in r["method"])
+    others = dict.fromkeys(r["method"] for r in rows if r["method"] not in (*ours, NOTHING))
+    found = []
+    for scheme in ours:
+        for peer in others:
+            at = {
+                (setting, share): difference(effect, cell[setting, peer, share])
+                for (setting, method, share), effect in cell.items()
+                if method == scheme and (setting, peer, share) in cell
+            }
+            settings = list(dict.fromkeys(setting for setting, _ in at))
+            pooled = {
+                **at,
+                **{(s, None): _mean([v for (o, _), v in at.items() if o == s]) for s in settings},
+            }
+            if len(settings) > 1:
+                pooled[None, None] = _mean([pooled[s, None] for s in settings])
+            found += [
+                {"setting": s, "share": share, "scheme": scheme, "peer": peer, "effect": value}
+                for (s, share), value in pooled.items()
+            ]
+    return found
+
+
+def _mean(intervals: list[Row]) -> Row:
+    """The interval of means, seed by seed."""
+    values = zip(*(found["values"] for found in intervals), strict=True)
+    return interval(statistics.mean(part) for part in values)
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw the targets' loss over the share removed."""
+    """Draw what removal adds to the groups' loss, over the share removed."""
     settings = list(dict.fromkeys(r["setting"] for r in rows))
     figure = Figure(figsize=(4.5 * len(settings), 3.6), layout="constrained")
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
@@ -155,23 +245,24 @@ def draw(rows: list[Row], path: Path) -> None:
         for method in dict.fromkeys(r["method"] for r in rows if r["method"] != NOTHING):
             here = [r for r in rows if (r["setting"], r["method"]) == (setting, method)]
             points = sorted(base + here, key=lambda r: r["share"])
-            x = [r["share"] for r in points]
+            x = [100 * r["share"] for r in points]
             panel.plot(
                 x,
-                [r["loss"]["mean"] for r in points],
+                [r["effect"]["mean"] for r in points],
                 "-o" if "dropout" in method else "--s",
                 markersize=3,
                 label=method,
             )
             panel.fill_between(
                 x,
-                [r["loss"]["low"] for r in points],
-                [r["loss"]["high"] for r in points],
+                [r["effect"]["low"] for r in points],
+                [r["effect"]["high"] for r in points],
                 alpha=0.1,
             )
-        panel.set(title=setting, xlabel="share removed")
+        panel.axhline(0, color="gray", linewidth=0.8, linestyle=":")
+        panel.set(title=setting, xlabel="removed, % of the training set")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("loss of the targets, trained again")
+    panels[0].set_ylabel("loss added, trained again")
     panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
@@ -179,31 +270,43 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Run the study."""
     options_parser = parser(__doc__, "retrain")
-    options_parser.add_argument("--settings", nargs="+", default=["resnet9", "bytes"])
-    options_parser.add_argument("--shares", nargs="+", type=float, default=[0.01, 0.05, 0.1, 0.2])
-    options_parser.add_argument("--retrains", type=int, default=2, help="trainings of each seed")
-    options_parser.add_argument("--proj-dim", type=int, default=1024)
+    options_parser.add_argument("--settings", nargs="+", default=["resnet9", "few bytes"])
+    options_parser.add_argument("--shares", nargs="+", type=float, default=[0.04, 0.08])
+    options_parser.add_argument("--groups", type=int, default=4, help="groups of targets")
+    options_parser.add_argument("--size", type=int, default=10, help="targets in a group")
+    options_parser.add_argument("--checkpoints", type=int, default=3, help="averaged by scores")
+    options_parser.add_argument("--retrains", type=int, default=1, help="trainings of each seed")
+    options_parser.add_argument("--proj-dim", type=int, default=2048)
     options_parser.add_argument("--n", type=int, help="training samples")
     options_parser.add_argument("--least", action="store_true", help="remove the least helpful")
     options = options_parser.parse_args()
     if options.quick:
-        options.settings, options.shares, options.seeds = ["resnet9"], [0.2], 2
-        options.retrains, options.proj_dim = 1, 128
+        options.settings, options.shares, options.seeds = ["resnet9"], [0.1], 2
+        options.groups, options.size, options.checkpoints, options.proj_dim = 2, 5, 1, 128
     cells = Cells(options, "retrain")
     measure(options, cells)
     rows = summarize(cells.used)
+    if not rows:
+        raise SystemExit("retrain: no setting runs here")
     for setting in dict.fromkeys(r["setting"] for r in rows):
         here = {(r["method"], f"{r['share']:.0%}"): r for r in rows if r["setting"] == setting}
         columns = list(dict.fromkeys(share for _, share in here))
         names = list(dict.fromkeys(method for method, _ in here))
-        for metric in ("loss", "accuracy", "perplexity"):
+        for metric in ("effect", "loss", "accuracy", "perplexity"):
             if next(iter(here.values()))[metric] is not None:
 
                 def cell(m: str, c: str, here: dict = here, metric: str = metric) -> str:
                     return shown(here[m, c][metric]) if (m, c) in here else ""
 
                 print(table(names, columns, cell, f"{setting}: {metric}") + "\n")
-    write(options.out, options, rows=rows, compared=compared(rows))
+    pairs = compared(rows)
+    for row in pairs:
+        if row["share"] is None:
+            print(
+                f"{row['setting'] or 'all'}: {row['scheme']} adds {shown(row['effect'])} more than "
+                f"{row['peer']}"
+            )
+    write(options.out, options, rows=rows, compared=pairs)
     draw(rows, options.out.with_suffix(".png"))
     cells.close()
 

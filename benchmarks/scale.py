@@ -3,10 +3,12 @@ r"""How time and memory grow with model, samples and k, and whether the estimate
 Compressed gradients of GPT-NeoX models are collected over model size, number of samples, k and
 sequence length, beside a plain forward and backward of the same batch. Exponents are fitted to
 medians of interleaved rounds (log time over log size); each seed is a round of its own with other
-masks. The constants of `trak-dropout estimate` are measured in the same run, and its predictions
-stand beside what was measured.
+masks. The constants of `trak-dropout estimate` are measured in the same run, as the command does
+for each point, before and after; its predictions stand beside what was measured. Memory is that of
+a process of its own, and of the tensors in it alone; an MLP and a ResNet-9, counted by
+`Work.of_model`, stand beside the language models there.
 
-    python benchmarks/scale.py                     # small setting
+    python benchmarks/scale.py                     # small setting, about six minutes
     python benchmarks/scale.py --quick             # a minute
     python benchmarks/scale.py --device cuda --dtype bfloat16 --tokens 512 \
         --shapes pythia-70m pythia-410m pythia-1.4b pythia-6.9b
@@ -19,20 +21,23 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import _models
 import torch
-from _measure import Call, peak, timed
+from _measure import Call, peak, peak_of_tensors, timed
 from _study import Row, interval, parser, shown, table, write
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
+from trak.modelout_functions import ImageClassificationModelOutput
 
 from trak_dropout import CausalLMOutput, DampedScoreComputer, DropoutProjector
 from trak_dropout import FactoredGradientComputer as Factored
 from trak_dropout.commands.estimate import shape
-from trak_dropout.estimate import Speed, Work, calibrate, estimate
+from trak_dropout.estimate import Estimate, Speed, Work, calibrate, estimate
+from trak_dropout.masks import DEFAULT_FOLD
 
 PLAIN = "plain forward + backward"
 
@@ -87,9 +92,94 @@ def peak_of(name: str, k: int, tokens: int, options: argparse.Namespace) -> Call
     return Bench(name, options, tokens).collect(k, 0)
 
 
-def measure(options: argparse.Namespace) -> list[Row]:
-    """Time all points, seed by seed."""
-    cells: dict[tuple, list[float]] = {}
+class Images:
+    """A classifier with a batch of images, as `Bench`.
+
+    Args:
+        name: one of `IMAGES`.
+        batch_size: samples in the batch.
+    """
+
+    def __init__(self, name: str, batch_size: int) -> None:
+        torch.manual_seed(0)
+        model = IMAGES[name]().eval()
+        images = torch.randn(batch_size, 1, 28, 28)
+        self.model, self.batch = model, (images, torch.randint(10, (batch_size,)))
+        self.work = Work.of_model(model, images[:1])
+        task = ImageClassificationModelOutput()
+        self.computer = Factored(model, task, int(self.work.parameters))
+
+    def collect(self, k: int) -> Call:
+        """A call that collects a batch's compressed gradients."""
+        projector = DropoutProjector.from_model(self.model, k)
+        return lambda: projector.project(self.computer.compute_per_sample_grad(self.batch), 0)
+
+
+IMAGES: dict[str, Callable[[], nn.Module]] = {
+    "MLP": lambda: _models.mlp(784, 1024, 1000, 64, 10),
+    "ResNet-9": lambda: _models.ResNet9(1, 32),
+}
+
+
+def peak_of_images(name: str, k: int, batch_size: int) -> Call:
+    """What `peak` measures in a process of its own."""
+    return Images(name, batch_size).collect(k)
+
+
+def memory(options: argparse.Namespace) -> list[Row]:
+    """Peak memory of a batch, beside the estimate."""
+    bare, k = Speed(0.0, 0.0, 0.0, 0.0), options.proj_dim
+    longer = [t for t in options.lengths if t > options.tokens][:1]
+    points = [(s, options.tokens) for s in options.shapes]
+    points += [(options.shapes[len(options.shapes) // 2], t) for t in longer]
+    rows = []
+    for name, tokens in points:
+        work = Work.transformer(*shape(name), tokens)
+        arguments = (peak_of, name, k, tokens, options)
+        size, used = options.batch_size, peak(*arguments, device=options.device)
+        found = estimate(work, bare, size, k, batch_size=size, device=options.device,
+                         bytes_of_weight=getattr(torch, options.dtype).itemsize)  # fmt: skip
+        tensors = peak_of_tensors(*arguments) if options.device == "cpu" else used
+        rows.append(_memory_row(name, tokens, size, work, used, tensors, found))
+    for name in IMAGES if options.device == "cpu" and not options.quick else ():
+        work, size = Images(name, 1).work, 2 * options.batch_size
+        arguments_ = (peak_of_images, name, k, size)
+        found = estimate(work, bare, size, k, batch_size=size)
+        used, tensors = peak(*arguments_), peak_of_tensors(*arguments_)
+        rows.append(_memory_row(name, 1, size, work, used, tensors, found))
+    return rows
+
+
+def _memory_row(
+    name: str, tokens: int, size: int, work: Work, used: float | None, tensors: float | None,
+    found: Estimate,
+) -> Row:  # fmt: skip
+    return {
+        "shape": name, "p": work.parameters, "tokens": tokens, "batch": size,
+        "megabytes": used, "predicted_megabytes": found.memory / 2**20,
+        "tensor_megabytes": tensors, "predicted_tensor_megabytes": found.tensors / 2**20,
+    }  # fmt: skip
+
+
+def speed_of(point: tuple[str, int, int], options: argparse.Namespace) -> Speed:
+    """The constants that the command would measure for a shape, k and length."""
+    name, k, tokens = point
+    width, _, vocabulary = shape(name)
+    coordinates = k * DEFAULT_FOLD
+    return calibrate(
+        tokens,
+        device=options.device,
+        dtype=getattr(torch, options.dtype),
+        repeats=3 if options.quick else 5,
+        width=width,
+        vocabulary=min(vocabulary, 8192),
+        batch_size=options.batch_size,
+        density=coordinates / Work.transformer(*shape(name), tokens).parameters,
+    )
+
+
+def points_of(options: argparse.Namespace) -> list[tuple[str, int, int, int]]:
+    """Shape, k, batches and length of each point that is timed."""
     middle = options.shapes[len(options.shapes) // 2]
     points: list[tuple[str, int, int, int]] = [
         *((s, options.proj_dim, 2, options.tokens) for s in options.shapes),
@@ -97,7 +187,17 @@ def measure(options: argparse.Namespace) -> list[Row]:
         *((middle, options.proj_dim, b, options.tokens) for b in options.batches),
         *((middle, options.proj_dim, 2, t) for t in options.lengths),
     ]
-    points = list(dict.fromkeys(points))
+    return list(dict.fromkeys(points))
+
+
+def _mean(speeds: list[Speed]) -> Speed:
+    return Speed(*(statistics.mean(parts) for parts in zip(*map(astuple, speeds), strict=True)))
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    """Time all points, seed by seed."""
+    cells: dict[tuple, list[float]] = {}
+    points = points_of(options)
     benches = {(s, t): Bench(s, options, t) for s, _, _, t in points}
     with tqdm(total=options.seeds * options.rounds, desc="rounds") as bar:
         for seed in range(options.seeds):
@@ -131,10 +231,6 @@ def measure(options: argparse.Namespace) -> list[Row]:
                 ),
             }
         )  # fmt: skip
-    del benches
-    for s in options.shapes:
-        used = peak(peak_of, s, options.proj_dim, options.tokens, options, device=options.device)
-        next(r for r in rows if r["shape"] == s)["megabytes"] = used
     return rows
 
 
@@ -236,21 +332,25 @@ def main() -> None:
         )
         options.batches, options.rounds, options.lengths = [1, 2], 2, [32]
         options.batch_size, options.tokens, options.solves = 4, 32, [(500, 128)]
-    speed = calibrate(options.tokens, device=options.device, dtype=getattr(torch, options.dtype))
-    rows = measure(options)
-    again = calibrate(options.tokens, device=options.device, dtype=getattr(torch, options.dtype))
+    held = memory(options)
+    rows: list[Row] = []
+    points: list[tuple[str, int, int]] = []
+    speeds: dict[tuple[str, int, int], list[Speed]] = {}
     # Before and after, so that a machine that slowed down meanwhile shows.
-    speed = Speed(
-        *((a + b) / 2 for a, b in zip(vars(speed).values(), vars(again).values(), strict=True))
-    )
+    for before in (True, False):
+        if before:
+            points = list(dict.fromkeys((s, k, t) for s, k, _, t in points_of(options)))
+        for point in tqdm(points, desc="constants"):
+            speeds.setdefault(point, []).append(speed_of(point, options))
+        if before:
+            rows = measure(options)
     for row in rows:
         width, layers, vocabulary = shape(row["shape"])
         work = Work.transformer(width, layers, vocabulary, row["tokens"])
+        speed = _mean(speeds[row["shape"], row["k"], row["tokens"]])
         found = estimate(work, speed, row["n"], row["k"], batch_size=options.batch_size)
         row["predicted"] = found.collecting
         row["of_measured"] = found.collecting / row["seconds"]["mean"]
-        if row.get("megabytes"):
-            row["predicted_megabytes"] = found.memory / 2**20
     names = [f"{r['shape']}, n = {r['n']}, k = {r['k']}, T = {r['tokens']}" for r in rows]
     of = dict(zip(names, rows, strict=True))
     show: dict[str, Callable[[Row], str]] = {
@@ -258,19 +358,31 @@ def main() -> None:
         "seconds": lambda r: shown(r["seconds"]),
         "of plain": lambda r: shown(r["of_plain"], 2),
         "estimate of measured": lambda r: f"{r['of_measured']:.2f}",
-        "MB": lambda r: f"{r['megabytes']:.0f}" if r.get("megabytes") else "",
-        "estimated MB": lambda r: f"{r['predicted_megabytes']:.0f}" if r.get("megabytes") else "",
     }
     print(table(names, list(show), lambda n, c: show[c](of[n]), "collecting"))
     exponents = growth(rows, options)
     for row in exponents:
         print(f"{row['of']} grows with {row['over']} to the power {shown(row['exponent'], 2)}")
-    solves = solving(options, speed)
+    for row in held:
+        print(
+            f"{row['shape']}, T = {row['tokens']}: {row['megabytes']:.0f} MB, estimate "
+            f"{row['predicted_megabytes']:.0f}; of tensors {row['tensor_megabytes']:.0f}, estimate "
+            f"{row['predicted_tensor_megabytes']:.0f}"
+        )
+    overall = _mean([speed for found in speeds.values() for speed in found])
+    solves = solving(options, overall)
     for row in solves:
         print(
             f"scoring n = {row['n']}, k = {row['k']}: estimate {row['of_measured']:.2f} of measured"
         )
-    write(options.out, options, rows=rows, exponents=exponents, solving=solves, speed=vars(speed))
+    write(
+        options.out,
+        options,
+        rows=rows,
+        exponents=exponents,
+        solving=solves,
+        speed=vars(speed),
+    )
     draw(rows, options.out.with_suffix(".png"))
 
 

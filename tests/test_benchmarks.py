@@ -1,13 +1,16 @@
 """What the studies share computes what it says; a study runs; the documents quote the results."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import _measure
 import _methods
 import _settings
 import _study
@@ -15,6 +18,8 @@ import document
 import mislabel
 import numpy as np
 import pytest
+import retrain
+import run_all
 import torch
 from _data import MissingError
 from _spectrum import Spectrum
@@ -178,7 +183,122 @@ def test_a_study_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert min(auc.values()) > 0.8
     assert (tmp_path / "mislabel.png").stat().st_size > 1000
     assert "mislabel verdict" in document.BLOCKS
-    assert "holds" in document.mislabel_verdict(found)
+    said = document.mislabel_verdict(found)
+    assert said.count("hold") == 7
+    costs = {row["method"]: row for row in found["cost"]}
+    assert set(costs) == {*(f"dropout, fold {fold}" for fold in mislabel.FOLDS), "Gaussian"}
+    assert all(row["added"] > -1 and row["of_trak"] > 0 for row in costs.values())
+
+
+def test_normalized_scores_are_cosines_in_the_damped_metric(problem: _methods.Problem) -> None:
+    found = _methods.run(_methods.methods()["dropout"], problem, 64)
+    itself = dataclasses.replace(problem, wanted="self")
+    own = _methods.run(_methods.methods()["dropout"], itself, 64)
+    assert found is not None
+    assert own is not None
+    weight = found.values[1.0] / (found.normalized[1.0] * own.values[1.0][:, None] ** 0.5)
+    # What is left of the quotient is the out-to-loss gradient of the training sample.
+    np.testing.assert_allclose(weight, np.broadcast_to(weight[:, :1], weight.shape), rtol=1e-5)
+    dot = _methods.run(_methods.methods()["gradient dot product"], problem, 0)
+    assert dot is not None
+    assert np.abs(dot.normalized["none"]).max() > 0
+
+
+def test_groups_are_targets_of_one_label() -> None:
+    setting = _settings.digits(200, 60)
+    groups = retrain.groups_of(setting, 12, 2)
+    labels = [setting.targets[-1][group].unique() for group in groups]
+    assert [len(label) for label in labels] == [1] * 12
+    assert int(labels[0]) == int(labels[10])  # they take turns
+    assert not set(groups[0].tolist()) & set(groups[10].tolist())
+    with pytest.raises(MissingError, match="too few targets"):
+        retrain.groups_of(setting, 200, 5)
+    options = argparse.Namespace(checkpoints=1)
+    orders = retrain.rankings(setting, retrain.SAME, 0, groups, options)
+    assert orders is not None
+    for group, order in zip(groups, orders, strict=True):
+        same = setting.train[-1][order] == setting.targets[-1][group[0]]
+        assert bool((same[:-1] >= same[1:]).all())
+        assert sorted(order.tolist()) == list(range(200))
+
+
+def test_effects_are_paired_with_the_training_that_lost_nothing() -> None:
+    cells = []
+    losses = {("nothing removed", 0.0): 1.0, ("dropout", 0.1): 1.7, ("Gaussian", 0.1): 1.5,
+              ("random", 0.1): 1.1}  # fmt: skip
+    for seed, shift in enumerate((0.0, 5.0, -0.5)):
+        for (method, share), loss in losses.items():
+            cells += [
+                {"setting": "s", "seed": seed, "method": method, "share": share, "again": 0,
+                 "group": group, "loss": loss + shift + group, "accuracy": 0.5}
+                for group in (0, 1)
+            ]  # fmt: skip
+    rows = retrain.summarize(cells)
+    effect = {r["method"]: r["effect"] for r in rows}
+    assert effect["dropout"]["mean"] == pytest.approx(0.7)
+    assert effect["dropout"]["high"] == pytest.approx(0.7)  # the same for every seed
+    pairs = retrain.compared(rows)
+    found = {"rows": rows, "compared": pairs}
+    assert document.retrain_verdict(found).count("**holds**") == 2
+    gaussian = next(r for r in pairs if r["peer"] == "Gaussian" and r["share"] is None)
+    assert gaussian["effect"]["mean"] == pytest.approx(0.2)
+
+
+def test_words_of_verdicts() -> None:
+    def word(low: float, high: float, clear: bool) -> str:
+        value = {"mean": (low + high) / 2, "low": low, "high": high}
+        return re.findall(r"\*\*(.*)\*\*", document.as_much("claim", value, clear, ""))[0]
+
+    assert word(0.1, 0.3, True) == "holds"
+    assert word(-0.3, 0.1, True) == "holds within the spread of seeds"
+    assert word(-0.3, 0.1, False) == "does not hold"
+    assert word(-0.3, -0.1, True) == "does not hold"
+
+
+def test_results_of_an_older_form_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "lds.json").write_text("{}")
+    (tmp_path / "results" / "retrain.json").write_text("{}")
+    assert document.results("lds") == {}
+    assert document.results("retrain") is None
+    assert document.results("scale") is None
+
+
+def test_tensors_that_were_there_before_are_not_counted() -> None:
+    weight = torch.randn(1000, 100)
+
+    def make() -> Callable[[], Tensor]:
+        return lambda: weight.T @ torch.ones(1000, 1)
+
+    assert _measure.peak_of_tensors(make) < 0.02
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_study_is_run_once(
+    quick: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            started.append((Path(command[1]).stem, env["OMP_NUM_THREADS"], "--quick" in command))
+
+        def wait(self) -> int:
+            return int(started[-1][0] == "scale" and len(started) < 6)
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(run_all, "HERE", tmp_path)
+    monkeypatch.setattr("subprocess.Popen", Process)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["run_all.py", *(["--quick"] if quick else [])])
+    with pytest.raises(SystemExit, match="scale failed"):
+        run_all.main()
+    assert started == [(name, "1", quick) for name in run_all.STUDIES]
+    run_all.main()  # only what failed
+    assert started[5:] == [("scale", "1", quick)]
 
 
 def test_the_evidence_page_is_made_of_the_results() -> None:

@@ -2,11 +2,15 @@
 
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from _measure import peak_of_tensors
+from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from trak_dropout import CausalLMOutput, DropoutProjector, FactoredGradientComputer
 from trak_dropout.cli import main
 from trak_dropout.estimate import Speed, Work, calibrate, estimate
 
@@ -28,7 +32,7 @@ def test_parameters_are_those_of_a_gpt_neox_model(width: int, layers: int, vocab
 
 
 def test_time_is_the_sum_of_its_parts() -> None:
-    work = Work(parameters=1000, multiply_adds=5000, tokens=2, activations=10)
+    work = Work(parameters=1000, multiply_adds=5000, tokens=2, factors=10, graph=7)
     found = estimate(work, SPEED, 30, 4, fold=3, checkpoints=2, targets=7, batch_size=10)
     sample = 5000 * 1e-3 + 12 * 2 * 1e-2 + 0.5 / 10
     assert math.isclose(found.collecting, 2 * 30 * sample)
@@ -44,6 +48,53 @@ def test_taking_coordinates_costs_at_most_a_product() -> None:
     model = 10 * (1000 * 1e-3 + 0.5 / 16)
     assert model < few < many
     assert math.isclose(many, model + 10 * 1000 * 1e-3 / 2)
+
+
+@pytest.mark.parametrize(("width", "layers", "tokens"), [(64, 2, 16), (128, 3, 32)])
+def test_tensors_of_a_batch_are_counted(width: int, layers: int, tokens: int) -> None:
+    samples, vocabulary = 8, 50
+    config = GPTNeoXConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, intermediate_size=4 * width,
+    )  # fmt: skip
+
+    def make() -> Callable[[], Tensor]:
+        model = GPTNeoXForCausalLM(config).eval()
+        computer = FactoredGradientComputer(model, CausalLMOutput())
+        projector = DropoutProjector.from_model(model, 4, fold=1)
+        batch = (torch.randint(vocabulary, (samples, tokens)),)
+        return lambda: projector.project(computer.compute_per_sample_grad(batch), 0)
+
+    measured = peak_of_tensors(make)
+    work = Work.transformer(width, layers, vocabulary, tokens)
+    found = estimate(work, SPEED, samples, 4, fold=1, batch_size=samples, targets=1)
+    # Matrices of a few samples are small; in the first batches the self-check runs.
+    assert found.tensors / 2**20 == pytest.approx(measured, rel=0.08)
+    assert found.memory > found.tensors
+
+
+def test_large_blocks_leave_no_holes() -> None:
+    work = Work.transformer(64, 1, 50_000, 64)
+    few, many = (
+        estimate(work, SPEED, 2, 4, batch_size=b, targets=1, fold=1) for b in (1, 64)
+    )  # one tensor of logits has 13 and 820 megabytes
+    assert few.memory / few.tensors == pytest.approx(1.45)
+    assert many.memory / many.tensors < 1.1
+    on_gpu = estimate(work, SPEED, 2, 4, batch_size=1, targets=1, fold=1, device="cuda")
+    assert on_gpu.memory == on_gpu.tensors == few.tensors
+
+
+def test_a_model_is_counted() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 36, 10)
+    ).eval()
+    work = Work.of_model(model, torch.randn(1, 1, 8, 8))
+    assert work.parameters == 4 * 9 + 4 + 1440 + 10
+    assert work.multiply_adds == 36 * 4 * 9 + 1440
+    assert work.tokens == 1
+    assert work.largest == 1440
+    assert work.factors == (64 + 144) + (144 + 10)
+    assert work.graph == 64 + 144 + 10  # the activation and the flattening hold nothing new
 
 
 def test_linear_in_samples() -> None:

@@ -3,7 +3,11 @@
 Collecting compressed gradients of a sample takes a fixed time, a time for each multiply-add of the
 model (forward, and back to the inputs of layers), and a time for each coordinate that is taken at
 each position. Scores take products of the compressed gradients with themselves. The constants come
-from short runs of a small transformer (`calibrate`); sizes are counted.
+from short runs of a small transformer of the model's own width (`calibrate`); sizes are counted.
+
+Memory is counted in tensors: a batch takes the factors of its gradients, which stay until the
+projector has read them, and what autograd keeps while it runs. The self-check of the first batch
+runs it once more while the factors of the first run are still there, so that the peak is the sum.
 """
 
 from __future__ import annotations
@@ -18,9 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from trak_dropout.gradients import FactoredGradientComputer
+from trak_dropout.gradients.factors import DEFAULT_BUDGET
 from trak_dropout.masks import DEFAULT_FOLD
 from trak_dropout.outputs import CausalLMOutput
 from trak_dropout.projector import DropoutProjector
+
+# What a process holds for each byte of tensors. Freed blocks of glibc's heap stay with the process
+# where no new tensor fits; with every block mapped by itself (MALLOC_MMAP_THRESHOLD_=16384) this is
+# 1.0, as it is on a GPU. Measured by benchmarks/scale.py.
+_HELD = 1.45
+_MAPPED = 32 * 2**20  # bytes from which on glibc maps every block by itself
 
 
 @dataclass(frozen=True)
@@ -31,13 +42,20 @@ class Work:
         parameters: number of parameters.
         multiply_adds: of one forward pass.
         tokens: positions in a sample, 1 where there is only one.
-        activations: numbers that are kept from the forward pass until gradients are taken.
+        factors: numbers that factors of gradients hold: what layers with parameters are given, and
+            the gradients of what they return.
+        graph: numbers that autograd holds besides, at most, while it runs the model and back.
+        largest: of these parameters, those of the largest tensor; all when 0.
+        logits: of what is held, in each of four tensors of logits and their gradients.
     """
 
     parameters: float
     multiply_adds: float
     tokens: int
-    activations: float
+    factors: float
+    graph: float
+    largest: float = 0.0
+    logits: float = 0.0
 
     @classmethod
     def transformer(cls, width: int, layers: int, vocabulary: int, tokens: int) -> Work:
@@ -45,24 +63,94 @@ class Work:
         blocks = layers * (12 * width**2 + 13 * width)
         head = vocabulary * width
         attention = 2 * layers * tokens**2 * width
-        # Inputs and outputs of a block's layers, what autograd keeps between them, and logits with
-        # their gradients: found with GPT-NeoX models by benchmarks/scale.py.
-        kept = tokens * (layers * 56 * width + 6 * vocabulary)
+        # In widths, of each block. Inputs of its four linear layers: 1 + 1 + 1 + 4. Gradients of
+        # their outputs: 3 + 4, and 1 that the two which are added to the stream share.
+        factors = tokens * (layers * 15 * width + 2 * width + vocabulary)
+        # Forward: the stream, two norms, queries, keys and values before (3) and after (2) they are
+        # turned, attention's result, twice, the activation's input and output (4 + 4). On the way
+        # back the topmost block adds 9; in the loss there are logits, their logarithms and the
+        # gradients of both, in which the factors' own gradient of the logits is counted already.
+        forward = layers * 18 * width + 3 * width
+        graph = tokens * (forward + max(9 * width + vocabulary, 3 * vocabulary))
         return cls(
-            blocks + 2 * head + 2 * width, (blocks + head) * tokens + attention, tokens, kept
+            blocks + 2 * head + 2 * width,
+            (blocks + head) * tokens + attention,
+            tokens,
+            factors,
+            graph,
+            max(4 * width**2, head),
+            tokens * vocabulary,
         )
 
     @classmethod
     def dense(cls, parameters: float, tokens: int, multiply_adds: float | None = None) -> Work:
         """A model of which little is known: each parameter is used once at each position.
 
+        For activations it is taken for four square layers; `of_model` counts them.
+
         Args:
             parameters: number of parameters.
             tokens: positions in a sample.
             multiply_adds: of one forward pass, where that is known (convolutions).
         """
-        kept = tokens * 8 * math.sqrt(parameters)
-        return cls(parameters, multiply_adds or parameters * tokens, tokens, kept)
+        kept = tokens * 4 * math.sqrt(parameters)
+        adds = multiply_adds or parameters * tokens
+        return cls(parameters, adds, tokens, kept, kept, parameters / 4)
+
+    @classmethod
+    def of_model(cls, model: nn.Module, *inputs: Tensor) -> Work:
+        """Count on a model that is there, from one forward pass.
+
+        Linear layers and convolutions are counted as multiply-adds, and what layers are given and
+        return as held. Work outside of layers, such as attention's products, is not seen.
+
+        Args:
+            model: the model, in evaluation mode.
+            *inputs: what it takes, of one sample, with a batch dimension.
+
+        Returns:
+            The counts.
+        """
+        seen: set[int] = set()
+        counts = {"multiply_adds": 0, "factors": 0, "graph": 0, "tokens": 1}
+
+        def hook(module: nn.Module, given: tuple[object, ...], output: object) -> None:
+            tensors = [value for value in given if isinstance(value, Tensor)]
+            if not isinstance(output, Tensor) or not tensors:
+                return
+            for value in (*tensors, output):  # in place or a view: the same numbers
+                place = value.untyped_storage().data_ptr()
+                counts["graph"] += value.numel() if place not in seen else 0
+                seen.add(place)
+                alive.append(value)
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim > 1:  # of vectors gradients are formed
+                counts["factors"] += tensors[0].numel() + output.numel()
+                if isinstance(module, nn.Linear):
+                    positions = output.numel() // module.out_features
+                    counts["multiply_adds"] += positions * weight.numel()
+                    counts["tokens"] = max(counts["tokens"], positions)
+                elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                    counts["multiply_adds"] += output[0, 0].numel() * weight.numel()
+
+        alive: list[Tensor] = []  # so that no address is used again
+        leaves = [module for module in model.modules() if next(module.children(), None) is None]
+        handles = [module.register_forward_hook(hook) for module in leaves]
+        try:
+            with torch.no_grad():
+                model(*inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        return cls(
+            sum(sizes),
+            counts["multiply_adds"],
+            counts["tokens"],
+            counts["factors"],
+            counts["graph"],
+            max(sizes),
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +178,8 @@ class Estimate:
         collecting: seconds to collect the training set's compressed gradients, all checkpoints.
         scoring: seconds to collect the targets' and to score.
         store: bytes on disk.
-        memory: bytes at most beside weights: activations of a batch, gradients, matrices.
+        memory: bytes that a process holds at most beside weights: of a batch, or of matrices.
+        tensors: of these, bytes of tensors; a process on the CPU holds more.
         weights: bytes of the weights.
     """
 
@@ -98,6 +187,7 @@ class Estimate:
     scoring: float
     store: float
     memory: float
+    tensors: float
     weights: float
 
 
@@ -113,6 +203,7 @@ def estimate(
     batch_size: int = 16,
     bytes_of_weight: int = 4,
     bytes_of_feature: int = 4,
+    device: str = "cpu",
 ) -> Estimate:
     """Predict time and space of an attribution.
 
@@ -127,6 +218,7 @@ def estimate(
         batch_size: samples in a batch.
         bytes_of_weight: 4 for float32, 2 for bfloat16.
         bytes_of_feature: 4 as the callback stores them, 2 as TRAK does by default.
+        device: where gradients are computed.
 
     Returns:
         The prediction.
@@ -146,12 +238,25 @@ def estimate(
     small = min(n, k)
     solve = speed.product * (2 * n * k * small + small**3 / 3 + n * k * targets)
     matrices = 8 * (small**2 * 2 + (n * k if k > n else 4096 * k))
-    collecting_memory = batch_size * work.activations * 4 + batch_size * k * 4
+    # The factors of a batch, and beside them those of the self-check's own run, or what the
+    # projector reads from them, one parameter at a time and in float32, half of its budget.
+    largest = work.largest or work.parameters
+    taken = min(k * fold, work.parameters) * largest / work.parameters
+    taking = 4 * batch_size * min(2 * taken * work.tokens, largest + taken)
+    batch = bytes_of_weight * batch_size * work.factors + batch_size * k * 4
+    batch += max(bytes_of_weight * batch_size * work.graph, min(taking, DEFAULT_BUDGET / 2))
+    process = batch
+    if device == "cpu":  # blocks that are mapped by themselves go back when freed
+        logits = bytes_of_weight * batch_size * work.logits
+        mapped = 4 * logits if logits >= _MAPPED else 0.0
+        process = mapped + _HELD * (batch - mapped)
+    matrices += n * k * 4
     return Estimate(
         collecting=checkpoints * n * sample,
         scoring=checkpoints * (targets * sample + solve),
         store=checkpoints * (n * k * bytes_of_feature + work.parameters * bytes_of_weight),
-        memory=max(collecting_memory, matrices + n * k * 4),
+        memory=max(process, matrices),
+        tensors=max(batch, matrices),
         weights=work.parameters * bytes_of_weight,
     )
 
@@ -166,10 +271,13 @@ def _sample_seconds(work: Work, speed: Speed, coordinates: int) -> float:
 class _Block(nn.Module):
     """A transformer block with parallel attention and feed-forward, as GPT-NeoX has."""
 
-    def __init__(self, width: int, heads: int = 4) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
+        heads = max(1, width // 64)
+        while width % heads:
+            heads -= 1
         self.heads = heads
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.up = nn.Linear(width, 4 * width)
@@ -178,22 +286,40 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(B, T, width)``."""
         batch, tokens, width = x.shape
-        h = self.norm(x)
-        shape = (batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = self.qkv(h).reshape(shape).permute(2, 0, 3, 1, 4)
+        shape = (batch, tokens, self.heads, 3 * width // self.heads)
+        q, k, v = self.qkv(self.norm(x)).view(shape).transpose(1, 2).chunk(3, dim=-1)
+        turn = max(2, q.shape[-1] // 8 * 2)  # a quarter of a head's numbers tell the position
+        angle = torch.outer(
+            torch.arange(tokens, device=x.device),
+            10_000 ** -torch.linspace(0, 1, turn // 2, device=x.device).repeat(2),
+        )
+        cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        q, k = (self._turned(value, cosine, sine) for value in (q, k))
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         mixed = mixed.transpose(1, 2).reshape(batch, tokens, width)
-        up: Tensor = self.up(h)
-        return x + self.out(mixed) + self.down(nn.functional.gelu(up))
+        up: Tensor = self.up(self.norm2(x))
+        return self.down(nn.functional.gelu(up)) + self.out(mixed) + x
+
+    @staticmethod
+    def _turned(value: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """A part of each head's numbers turned by an angle that grows with the position."""
+        size = cosine.shape[-1]
+        part, rest = value[..., :size], value[..., size:]
+        one, other = part.chunk(2, dim=-1)
+        part = part * cosine + torch.cat([-other, one], dim=-1) * sine
+        return torch.cat([part, rest], dim=-1)
 
 
-def _reference(width: int, layers: int, vocabulary: int) -> nn.Module:
-    return nn.Sequential(
+def _reference(
+    width: int, layers: int, vocabulary: int, device: str, dtype: torch.dtype
+) -> nn.Module:
+    model = nn.Sequential(
         nn.Embedding(vocabulary, width),
         *(_Block(width) for _ in range(layers)),
         nn.LayerNorm(width),
         nn.Linear(width, vocabulary, bias=False),
     )
+    return model.to(device, dtype).eval()
 
 
 def calibrate(
@@ -204,8 +330,15 @@ def calibrate(
     proj_type: str = "dropout",
     repeats: int = 5,
     vocabulary: int = 512,
+    width: int = 320,
+    batch_size: int | None = None,
+    density: float = 0.01,
 ) -> Speed:
-    """Measure this machine's constants; takes about half a minute on two cores.
+    """Measure this machine's constants; takes about a quarter of a minute on two cores.
+
+    Small layers run at a lower rate than large ones, and so do small batches: what is run should be
+    like what is to be predicted. One and three blocks are run, so that a block's time is their
+    difference.
 
     Args:
         tokens: positions in a sample; speed depends on them.
@@ -214,45 +347,61 @@ def calibrate(
         proj_type: the scheme that will be used.
         repeats: rounds of which the median counts.
         vocabulary: of the model that is run.
+        width: of its layers; above a thousand the rate no longer changes.
+        batch_size: samples in a batch; when None, as many as make a thousand positions.
+        density: share of the parameters' coordinates that will be taken.
 
     Returns:
         The constants.
     """
     with torch.random.fork_rng(devices=[] if device == "cpu" else None):
         torch.manual_seed(0)
-        return _calibrate(tokens, device, dtype, proj_type, repeats, vocabulary)
+        width = max(8, min(width, 1024) // 8 * 8)
+        batch_size = batch_size or max(2, 1024 // tokens)
+        return _calibrate(
+            tokens, device, dtype, proj_type, repeats, vocabulary, width, batch_size, density
+        )
 
 
 def _calibrate(
-    tokens: int, device: str, dtype: torch.dtype, proj_type: str, repeats: int, vocabulary: int
+    tokens: int,
+    device: str,
+    dtype: torch.dtype,
+    proj_type: str,
+    repeats: int,
+    vocabulary: int,
+    width: int,
+    batch_size: int,
+    density: float,
 ) -> Speed:
-    batch_size = max(2, 1024 // tokens)
-    shapes = ((64, 2, 64), (320, 4, 64), (320, 4, 32_768))
+    few, many = (_reference(width, count, vocabulary, device, dtype) for count in (1, 3))
+    size = sum(parameter.numel() for parameter in many.parameters())
+    wanted = max(64, min(size, round(density * size)) // DEFAULT_FOLD)
     calls: list[Callable[[], object]] = []
-    works = []
-    for width, layers, coordinates in shapes:
-        model = _reference(width, layers, vocabulary).to(device, dtype).eval()
-        size = sum(parameter.numel() for parameter in model.parameters())
-        batch = (torch.randint(vocabulary, (batch_size, tokens), device=device),)
-        computer = FactoredGradientComputer(model, CausalLMOutput(), size, dtype, device)
+    batch = (torch.randint(vocabulary, (batch_size, tokens), device=device),)
+    for model, columns in ((few, 4), (many, 4), (many, 4 + wanted)):
+        own = sum(parameter.numel() for parameter in model.parameters())
+        computer = FactoredGradientComputer(model, CausalLMOutput(), own, dtype, device)
         projector = DropoutProjector.from_model(
-            model, coordinates // DEFAULT_FOLD, 0, proj_type, device, dtype, fold=DEFAULT_FOLD
+            model, columns, 0, proj_type, device, dtype, fold=DEFAULT_FOLD
         )
 
         def call(
             computer: FactoredGradientComputer = computer,
-            batch: tuple[Tensor, ...] = batch,
             projector: DropoutProjector = projector,
         ) -> object:
             return projector.project(computer.compute_per_sample_grad(batch), 0)
 
         calls.append(call)
-        works.append(Work.transformer(width, layers, vocabulary, tokens).multiply_adds * batch_size)
+    works = [
+        Work.transformer(width, count, vocabulary, tokens).multiply_adds * batch_size
+        for count in (1, 3)
+    ]
     square = torch.randn(768, 768, dtype=torch.float64, device=device)
     calls.append(lambda: square @ square)
     small, large, taking, product = _medians(calls, repeats, device)
     per_add = max(large - small, 1e-9) / (works[1] - works[0])
-    coordinates = (shapes[2][2] - shapes[1][2]) * batch_size * tokens
+    coordinates = wanted * DEFAULT_FOLD * batch_size * tokens
     return Speed(
         batch=max(small - per_add * works[0], 0.0),
         multiply_add=per_add,

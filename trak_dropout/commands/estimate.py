@@ -1,8 +1,9 @@
 """Predict the hours and gigabytes of an attribution.
 
-Runs a small transformer for half a minute to learn how fast this machine is, then counts. The model
-is one of the Pythia shapes by name, a GPT-NeoX shape (WIDTHxLAYERSxVOCABULARY), or a number of
-parameters. Constants are measured by default on the processor; --device and --dtype choose others.
+Runs a few layers of the model's width for a quarter of a minute to learn how fast this machine is,
+then counts. The model is one of the Pythia shapes by name, a GPT-NeoX shape
+(WIDTHxLAYERSxVOCABULARY), or a number of parameters. Constants are measured by default on the
+processor; --device and --dtype choose others.
 
     trak-dropout estimate --model pythia-1.4b --tokens 512 --samples 100000 --proj-dim 4096
     trak-dropout estimate --model 320x8x512 --tokens 64 --samples 10000 --proj-dim 2048
@@ -60,12 +61,19 @@ def run(options: argparse.Namespace) -> int:
         if options.parameters < 1:
             raise ValueError(f"--parameters must be at least 1, got {options.parameters}")
         work = Work.dense(options.parameters, options.tokens, options.multiply_adds)
+        # Square layers of the width that this many parameters have in four of them.
+        width, vocabulary = round((options.parameters / 4) ** 0.5), 512
     dtype = getattr(torch, options.dtype)
+    tokens = max(8, min(options.tokens, 512))
     speed = calibrate(
-        max(8, min(options.tokens, 512)),
+        tokens,
         device=options.device,
         dtype=dtype,
         proj_type=options.proj_type,
+        width=width,
+        vocabulary=min(vocabulary, 8192),
+        batch_size=max(2, min(options.batch_size, 4096 // tokens)),
+        density=options.proj_dim * options.fold / work.parameters,
     )
     found = estimate(
         work,
@@ -77,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
         targets=options.targets,
         batch_size=options.batch_size,
         bytes_of_weight=dtype.itemsize,
+        device=options.device,
     )
     if options.json:
         print(json.dumps({**vars(found), "parameters": work.parameters}))
