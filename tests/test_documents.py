@@ -26,7 +26,7 @@ DOCUMENTS = [
 # What a document quotes, where it is not free to quote any results.
 QUOTED = {
     "cost.md": ("featurize", "projection"),
-    "lds.md": ("folds",),
+    "lds.md": ("folds", "fidelity"),
     "damping.md": ("damping", "defaults"),
 }
 # Figures that are no results: versions and papers named, thresholds, constants of a rule.
@@ -72,7 +72,7 @@ def of_folds() -> Iterator[float]:
 
 def of_damping() -> Iterator[float]:
     """What share of the best each rule reaches, of docs/damping.md."""
-    rows = RESULTS["damping"]["rows"] + RESULTS["damping_lm"]["rows"]
+    rows = [r for name in ("damping", "damping_lm", "damping_cnn") for r in RESULTS[name]["rows"]]
     first = [r for r in RESULTS["damping"]["rows"] if r["setting"] in ("mlp", "cnn", "lm")]
     for rule in rows[0]["rules"]:
         yield statistics.mean(r["rules"][rule] / r["best"] for r in first)
