@@ -13,7 +13,7 @@ from trak.projectors import AbstractProjector, ProjectionType
 
 from trak_dropout._checks import check_integer
 from trak_dropout._html import as_bytes, describe_html
-from trak_dropout.gradients.factors import Coordinates, FactoredGradient, FactoredGradients
+from trak_dropout.gradients.factors import FactoredGradient, FactoredGradients
 from trak_dropout.masks import (
     DEFAULT_FOLD,
     Layout,
@@ -22,10 +22,10 @@ from trak_dropout.masks import (
     check_scheme,
     check_statistics,
     draw_mask,
-    spans,
 )
 from trak_dropout.scaling import StorageScales
 from trak_dropout.statistics import GradientStatistics
+from trak_dropout.taking import Plan, Shares
 
 _LOG = logging.getLogger(__name__)
 _Block = Tensor | FactoredGradient
@@ -122,7 +122,7 @@ class DropoutProjector(AbstractProjector):
         self._compute_dtype = torch.promote_types(dtype, torch.float32)
         self._statistics: dict[int | None, GradientStatistics] = {}
         self._projected: set[int] = set()
-        self._plan: _Plan | None = None
+        self._plan: tuple[Any, Plan] | None = None
         # Set by a store in float16: results are then multiplied by a power of two that fits it.
         self.scales: StorageScales | None = None
 
@@ -314,16 +314,14 @@ class DropoutProjector(AbstractProjector):
         self._projected.add(model_id)
         plan = self._plan_for(model_id, tuple(name for name, _ in blocks), blocks)
         first = blocks[0][1]
-        out = torch.zeros(len(first), self.proj_dim, dtype=self._compute_dtype, device=first.device)
+        out = plan.zeros(len(first))
         with torch.no_grad():
-            for i, kept in plan.kept:
-                kept.add_to(out, blocks[i][1])
-            if plan.weights is not None:
-                out *= plan.weights
+            plan.add_to(out, [block for _, block in blocks])
+            plan.finish(out)
         if self.scales is not None:
             self._check_finite(out, out, model_id)
             self.scales.apply(model_id, out)
-        result = out.to(device=self.device, dtype=self.dtype)
+        result = out.to(device=self.device, dtype=self.dtype).contiguous()
         self._check_finite(out, result, model_id)
         return result
 
@@ -346,9 +344,8 @@ class DropoutProjector(AbstractProjector):
         self._projected.add(model_id)
         shapes = tuple(torch.Size(shape) for shape in self.layout.shapes)
         device = torch.device(device)
-        plan = _Plan((), self.mask(model_id), shapes, device, self._compute_dtype)
-        kept = {self.layout.names[i]: share for i, share in plan.kept}
-        return Shares(kept, plan.weights, self.proj_dim, device, self._compute_dtype)
+        plan = Plan(self.mask(model_id), shapes, device, self._compute_dtype)
+        return Shares(self.layout.names, plan)
 
     def __repr__(self) -> str:
         return (
@@ -455,13 +452,13 @@ class DropoutProjector(AbstractProjector):
 
     def _plan_for(
         self, model_id: int, names: tuple[str, ...], blocks: list[tuple[str, _Block]]
-    ) -> _Plan:
+    ) -> Plan:
         shapes = tuple(block.shape[1:] for _, block in blocks)
         device = blocks[0][1].device
         key = (model_id, names, shapes, device)
-        if self._plan is None or self._plan.key != key:
-            self._plan = _Plan(key, self.mask(model_id), shapes, device, self._compute_dtype)
-        return self._plan
+        if self._plan is None or self._plan[0] != key:
+            self._plan = key, Plan(self.mask(model_id), shapes, device, self._compute_dtype)
+        return self._plan[1]
 
     def _check_finite(self, exact: Tensor, result: Tensor, model_id: int) -> None:
         if bool(torch.isfinite(result.sum())):  # a single pass; NaN and infinities spread
@@ -481,123 +478,6 @@ class DropoutProjector(AbstractProjector):
             "or infinite; look at these samples and at the checkpoint's weights",
             samples,
         )
-
-
-class Shares:
-    """The shares of single parameters in compressed gradients; see `DropoutProjector.shares`.
-
-    Args:
-        kept: the kept coordinates of each parameter that has any.
-        weights: of the columns, to be applied at the end; None where they are applied on the way.
-        proj_dim: number of columns.
-        device: where everything lies.
-        dtype: in which sums run.
-    """
-
-    def __init__(
-        self,
-        kept: Mapping[str, _Kept],
-        weights: Tensor | None,
-        proj_dim: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self._kept, self._weights = dict(kept), weights
-        self._proj_dim, self._device, self._dtype = proj_dim, device, dtype
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The parameters of which a coordinate is kept."""
-        return frozenset(self._kept)
-
-    def zeros(self, samples: int) -> Tensor:
-        """Compressed gradients to begin with, ``(samples, proj_dim)``."""
-        return torch.zeros(samples, self._proj_dim, dtype=self._dtype, device=self._device)
-
-    def add(self, out: Tensor, name: str, gradient: FactoredGradient | Tensor) -> None:
-        """Add the share of a parameter, ``(B, *shape)``, to ``out``, in place."""
-        kept = self._kept.get(name)
-        if kept is not None:
-            kept.add_to(out, gradient)
-
-    def finish(self, out: Tensor) -> Tensor:
-        """Apply what is left to apply, in place, when every share has been added."""
-        return out if self._weights is None else out.mul_(self._weights)
-
-
-class _Plan:
-    """A mask cut into the blocks in which gradients come, its indices on their device."""
-
-    def __init__(
-        self,
-        key: tuple[Any, ...],
-        mask: Mask,
-        shapes: tuple[torch.Size, ...],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.key = key
-        cuts = spans(mask, [shape.numel() for shape in shapes])
-        self.kept = [
-            (i, _Kept(mask, offset, slice(start, stop), device, dtype))
-            for i, (offset, start, stop) in enumerate(cuts)
-            if stop > start
-        ]
-        # Without folding every column has one weight, so that all are applied at the end, at once.
-        self.weights = None if mask.folded else torch.as_tensor(mask.weights).to(device, dtype)
-
-
-class _Kept:
-    """The kept coordinates of one parameter."""
-
-    def __init__(
-        self, mask: Mask, offset: int, place: slice, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.flat = torch.as_tensor(mask.coordinates[place] - offset, device=device)
-        self.columns = torch.as_tensor(mask.columns[place], device=device)
-        self.weights = torch.as_tensor(mask.weights[place]).to(device, dtype)
-        self.place = None if mask.folded else place
-        self.coordinates: Coordinates | None = None
-        self.bags: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def add_to(self, out: Tensor, block: _Block) -> None:
-        """Add this parameter's share, unweighted where nothing folds, to ``out``, ``(B, k)``."""
-        if isinstance(block, FactoredGradient):
-            if self.coordinates is None:
-                self.coordinates = block.coordinates(self.flat)
-            for part, at, values in block.take(self.coordinates):
-                self._fold(out[part], at, values)
-            return
-        if block.is_contiguous():
-            flat = block.view(len(block), block.shape[1:].numel())
-            taken = flat.gather(1, self.flat.expand(len(block), -1))
-        elif block.ndim > 1:  # read where it lies: reshaping would copy all of it
-            axes = torch.unravel_index(self.flat, block.shape[1:])
-            taken = block.movedim(0, -1)[axes].T
-        else:
-            taken = block.unsqueeze(1)
-        if self.place is not None:
-            out[:, self.place] += taken
-        else:
-            out.index_add_(1, self.columns, taken.to(out.dtype) * self.weights)
-
-    def _fold(self, out: Tensor, at: slice, values: Tensor) -> None:
-        """Add values ``(b, c)`` of some of the coordinates to their columns of ``out``."""
-        if self.place is not None:
-            first = self.place.start + (at.start or 0)
-            out[:, first : first + values.shape[1]].add_(values)
-        elif values.mT.is_contiguous() and values.shape[1] == len(self.flat):
-            if self.bags is None:  # for each column, which coordinates it sums
-                order = torch.argsort(self.columns, stable=True)
-                columns = torch.arange(out.shape[1], device=order.device)
-                starts = torch.searchsorted(self.columns[order], columns)
-                self.bags = order, starts, self.weights[order].to(values.dtype)
-            order, starts, weights = self.bags
-            out += nn.functional.embedding_bag(
-                order, values.mT, starts, mode="sum", per_sample_weights=weights
-            ).mT
-        else:
-            out.index_add_(1, self.columns[at], values.to(out.dtype) * self.weights[at])
 
 
 def layout_of(model: nn.Module, grad_wrt: Iterable[str] | None = None) -> Layout:

@@ -434,10 +434,10 @@ def storable(value: Any, dtype: np.dtype[Any], name: str, may_vanish: bool = Fal
     given = np.atleast_2d(np.asarray(value))
     with np.errstate(over="ignore", under="ignore"):
         stored = given.astype(dtype, copy=False)
-    for rows, problem in (
-        (~np.isfinite(stored).all(axis=1), "NaN or infinite"),
-        (given.any(axis=1) & ~stored.any(axis=1) & (not may_vanish), "too small, so all zero,"),
-    ):
+    problems = [(~np.isfinite(stored).all(axis=1), "NaN or infinite")]
+    if stored is not given and not may_vanish:
+        problems.append((given.any(axis=1) & ~stored.any(axis=1), "too small, so all zero,"))
+    for rows, problem in problems:
         if rows.any():
             raise ValueError(
                 f"rows {np.flatnonzero(rows)[:10].tolist()} of what is being written to "

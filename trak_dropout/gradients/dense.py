@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -151,7 +152,14 @@ def check_batch(task: AbstractModelOutput, batch: Any) -> int:
 
 def _inputs_of(task: AbstractModelOutput) -> tuple[list[str] | None, int]:
     """Names of the tensors that ``get_output`` takes, None for any, and how many are optional."""
-    parameters = list(inspect.signature(task.get_output).parameters.values())[3:]
+    method: Any = task.get_output
+    function = getattr(method, "__func__", None)
+    return _inputs(method, 3) if function is None else _inputs(function, 4)
+
+
+@lru_cache(maxsize=64)
+def _inputs(function: Any, before: int) -> tuple[list[str] | None, int]:
+    parameters = list(inspect.signature(function).parameters.values())[before:]
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
         return None, 0
     names = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]

@@ -140,7 +140,13 @@ class FactoredGradientComputer(DenseGradientComputer):
                 # sample does not tell where its batch dimension is.
                 key = (samples > 1, *((part.shape[1:], part.dtype) for part in batch))
                 known = self._plans.get(key)
-                if known is None or (self.self_check and not known.checked):
+                if known is not None and self.self_check and not known.checked:
+                    again = self._check_again(known, batch)
+                    if again is not None:
+                        self._plan = known
+                        return again
+                    known = None
+                if known is None:
                     self._plan, grads = self._settle(batch)
                     self._plans[key] = self._plan
                     return grads
@@ -286,6 +292,17 @@ class FactoredGradientComputer(DenseGradientComputer):
             return plan, grads
         assert failure is not None
         raise failure
+
+    def _check_again(self, plan: _Plan, batch: Sequence[Tensor]) -> FactoredGradients | None:
+        """Run a batch as for earlier weights, and check it; None where that does not hold now."""
+        try:
+            grads, plan.lowest = self._run(plan, batch)
+            self._check(plan, batch, grads)
+        except FactorError as error:
+            _LOG.info("with other weights, ways are found anew: %s", error)
+            return None
+        plan.runs += 1
+        return grads
 
     def _find_ways(self, batch: Sequence[Tensor], batched: bool) -> tuple[_Plan, FactoredGradients]:
         """Find out which way each parameter can go, and run the batch that way."""
@@ -562,8 +579,9 @@ class FactoredGradientComputer(DenseGradientComputer):
                 found = torch.zeros(len(which), dtype=torch.float64, device=flat.device)
                 factored = grads.factored[name]
                 for part, at, values in factored.take(factored.coordinates(which)):
-                    if part.start <= i < part.stop:
-                        found[at] += values[i - part.start]
+                    samples = range(len(batch[0]))[part]
+                    if i in samples:
+                        found[at] += values[samples.index(i)]
                 error = float((found - flat[which]).abs().max())
                 if not error <= tolerance * (largest[name] + 1e-3 * overall):
                     raise FactorError(
@@ -625,19 +643,21 @@ def _restricted(site: Site, names: set[str]) -> Site:
 def _for_gradients(model: nn.Module, wanted: Iterable[str] = ()) -> Iterator[None]:
     """Let just some of a model's own parameters require gradients, and leave it as it was."""
     names = set(wanted)
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    changed: list[Tensor] = []
     fused = torch.backends.mha.get_fastpath_enabled()
     for name, parameter in model.named_parameters():
         # Activation checkpoints run again with the model's own parameters.
-        parameter.requires_grad_(name in names)
+        if parameter.requires_grad != (name in names):
+            parameter.requires_grad_(name in names)
+            changed.append(parameter)
     # Where no weight requires a gradient, attention layers take a path that has none.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+        for weight in changed:
+            weight.requires_grad_(not weight.requires_grad)
 
 
 def _backward(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:

@@ -8,6 +8,7 @@ a weight gradient ever exists.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from functools import cached_property
@@ -22,16 +23,22 @@ DEFAULT_BUDGET = 32 * 2**20
 """Bytes that taking coordinates may use for intermediate values at a time."""
 
 # What a way of taking coordinates costs, in multiply-adds of a matrix product: reading one product
-# of a gather, the same with all samples of a coordinate together, and writing one entry of a block.
-# Measured on CPUs.
-_GATHERED, _TOGETHER, _WRITTEN = 80, 20, 40
+# of a gather, the same with all samples of a coordinate together, writing one entry of a block, a
+# multiply-add of a product of two lines and what comes on top for each, and copying one entry of a
+# line; and the calls for a sample. Measured on CPUs.
+_GATHERED, _TOGETHER, _WRITTEN, _DOT, _BEGUN, _COPIED = 80, 20, 40, 5, 120, 30
+_CALLED = 10**5
+
+# Bytes of a piece of values that stays in a core's cache, and below what an allocator takes from
+# the operating system anew each time; and of the lines that are laid out at a time.
+PIECE, _LAID_OUT = 2**20, 2**23
 
 
 class Coordinates:
     """Coordinates of one parameter, and what is known of their rows and columns.
 
     Args:
-        flat: coordinates in the flattened parameter, int64 ``(c,)``, ascending.
+        flat: coordinates in the flattened parameter, int64 ``(c,)``, in any order.
         rows: rows of the parameter, seen as a matrix of its first dimension by all others.
         columns: its columns.
     """
@@ -42,6 +49,7 @@ class Coordinates:
         self.rows = torch.div(flat, max(columns, 1), rounding_mode="floor")
         self.columns = flat - self.rows * columns
         self._pieces: dict[int, list[tuple[int, Coordinates]]] = {}
+        self._patterns: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._count = flat.numel()
         self.ways: dict[Any, tuple[str, float]] = {}  # chosen before, of products of the same size
 
@@ -57,6 +65,65 @@ class Coordinates:
     def distinct_columns(self) -> tuple[Tensor, Tensor]:
         """Columns that occur, ascending, and for each coordinate where its column stands there."""
         return torch.unique(self.columns, return_inverse=True)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The places of the coordinates, by ascending coordinate."""
+        return torch.argsort(self.flat, stable=True)
+
+    @cached_property
+    def lines(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rows and columns that occur; None where they are so many that all are read as well."""
+        rows, columns = self.distinct_rows[0], self.distinct_columns[0]
+        return (
+            None if 8 * len(rows) > self.shape[0] else rows,
+            None if 8 * len(columns) > self.shape[1] else columns,
+        )
+
+    @cached_property
+    def laid_out(self) -> tuple[int, int]:
+        """How many `lines` there are."""
+        rows, columns = (
+            every if some is None else len(some)
+            for every, some in zip(self.shape, self.lines, strict=True)
+        )
+        return rows, columns
+
+    def pattern(self, samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Where samples have the coordinates, in matrices that hold their `lines` one by one.
+
+        Args:
+            samples: how many stand beside each other at every row, and at every column.
+            dtype: of the values.
+
+        Returns:
+            A sparse matrix of zeros ``(rows * samples, columns * samples)``, and where each
+            coordinate of each sample, ``(c, samples)``, stands among its values.
+        """
+        key = samples, dtype
+        if key not in self._patterns:
+            rows, columns = self.lines
+            height, width = self.laid_out
+            row = self.rows if rows is None else self.distinct_rows[1]
+            column = self.columns if columns is None else self.distinct_columns[1]
+            each = torch.arange(samples, device=row.device)
+            row = (row.unsqueeze(1) * samples + each).flatten()
+            column = (column.unsqueeze(1) * samples + each).flatten()
+            order = torch.argsort(row * (width * samples) + column)
+            lines = torch.arange(height * samples + 1, device=row.device)
+            starts = torch.searchsorted(row[order], lines)
+            with warnings.catch_warnings():  # a word on sparse tensors being in beta state
+                warnings.simplefilter("ignore")
+                zeros = torch.sparse_csr_tensor(
+                    starts,
+                    column[order],
+                    torch.zeros(len(order), dtype=dtype, device=row.device),
+                    (height * samples, width * samples),
+                )
+            places = torch.empty_like(order)
+            places[order] = torch.arange(len(order), device=row.device)
+            self._patterns[key] = zeros, places.view(-1, samples)
+        return self._patterns[key]
 
     @cached_property
     def in_block(self) -> Tensor:
@@ -106,6 +173,15 @@ class Factor(ABC):
         """What is held of each sample, ``(B, ...)``: one proportional to the sample's output."""
         return ()
 
+    def single(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return the two vectors of each sample whose outer product this is.
+
+        Returns:
+            ``(B, rows)`` and ``(B, columns)``, or the gradients themselves, flattened, and None;
+            None where it is something else.
+        """
+        return None
+
 
 class Formed(Factor):
     """Gradients that exist: of vectors, and of what has no rule.
@@ -126,6 +202,10 @@ class Formed(Factor):
     def nbytes(self) -> int:
         """Bytes held."""
         return self.values.nbytes
+
+    def single(self) -> tuple[Tensor, None]:
+        """Return the gradients, flattened."""
+        return self.values.reshape(len(self.values), -1), None
 
     def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
         """Compute coordinates of all samples."""
@@ -159,6 +239,10 @@ class Sums(Factor):
         """Bytes held."""
         return self._values.nbytes
 
+    def single(self) -> tuple[Tensor, None] | None:
+        """Return the only value of each sample, where it is one."""
+        return (self._values[:, 0], None) if self._values.shape[1] == 1 else None
+
     def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
         """Compute coordinates of all samples."""
         _, positions, columns = self._values.shape
@@ -177,11 +261,18 @@ class Sums(Factor):
 class Products(Factor):
     """A sum of outer products over positions: each gives one value for each row and column.
 
-    Of three ways to the coordinates the cheapest is taken: to read both factors at each coordinate,
-    to multiply out the block of all rows and columns that occur, or to multiply out everything.
+    Of four ways to the coordinates the cheapest is taken: to read both factors at each coordinate;
+    to lay out the positions of each row and each column in a line, and multiply two lines for each
+    coordinate; to multiply out the block of all rows and columns that occur; or to multiply out
+    everything.
     """
 
     positions: int
+
+    @property
+    @abstractmethod
+    def on_cpu(self) -> bool:
+        """Whether the factors lie in main memory."""
 
     @abstractmethod
     def left(self, part: slice, rows: Tensor | None = None) -> Tensor:
@@ -197,16 +288,30 @@ class Products(Factor):
 
     def gather(self, part: slice, at: Coordinates) -> Tensor:
         """Coordinates of some samples, by reading both factors at each."""
-        if self.positions == 1 and 2 * len(at) > sum(at.shape):
-            # With samples innermost, what is read at a coordinate lies together. The result is
-            # the transpose of a contiguous matrix.
-            left, right = (
-                self.left(part)[:, 0].T.contiguous(),
-                self.right(part)[:, 0].T.contiguous(),
-            )
-            return left.index_select(0, at.rows).mul_(right.index_select(0, at.columns)).T
         left, right = self.left(part, at.rows), self.right(part, at.columns)
         return left.mul_(right)[:, 0] if self.positions == 1 else left.mul_(right).sum(1)
+
+    def together(self, part: slice, at: Coordinates) -> Iterator[tuple[slice, Tensor]]:
+        """As `gather` for a single position, but what is read at a coordinate lies together.
+
+        Yields:
+            Coordinates, and their values as the transpose of a contiguous matrix.
+        """
+        left = self.left(part)[:, 0].T.contiguous()
+        right = self.right(part)[:, 0].T.contiguous()
+        for begin, piece in at.split(max(1, PIECE // (left.itemsize * left.shape[1]))):
+            values = left.index_select(0, piece.rows).mul_(right.index_select(0, piece.columns))
+            yield slice(begin, begin + len(piece)), values.T
+
+    def dots(self, part: slice, at: Coordinates) -> Tensor:
+        """Coordinates of some samples, by multiplying two lines of positions for each."""
+        rows, columns = at.lines
+        left, right = _lines(self.left(part, rows)), _lines(self.right(part, columns))
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        samples = len(range(len(self))[part])
+        zeros, places = at.pattern(samples, dtype)
+        found = torch.sparse.sampled_addmm(zeros, left.to(dtype), right.to(dtype).T, beta=0.0)
+        return found.values().index_select(0, places.flatten()).view(places.shape).T
 
     def block(self, part: slice, rows: Tensor | None, columns: Tensor | None) -> Tensor:
         """The product of some rows and columns, of some samples, ``(b, r, c)``."""
@@ -219,7 +324,7 @@ class Products(Factor):
     def costs(self, at: Coordinates) -> dict[str, tuple[float, float]]:
         """Multiply-adds and values held of each way, for one sample."""
         rows, columns = at.shape
-        read = _GATHERED * self.positions if self.positions > 1 else _TOGETHER
+        read = _TOGETHER if self._lie_together(at) else _GATHERED * self.positions
         found: dict[str, tuple[float, float]] = {
             "gather": (read * len(at), 2 * len(at) * self.positions),
             "form": ((self.positions + _WRITTEN) * rows * columns, rows * columns),
@@ -231,11 +336,22 @@ class Products(Factor):
                 copied + (self.positions + _WRITTEN) * r * c,
                 r * c + (r + c) * self.positions,
             )
+        r, c = at.laid_out
+        if self.positions > 1 and self.on_cpu and len(at) <= r * c:  # a sparse matrix has no more
+            copied = (r + c) * self.positions
+            found["dots"] = (
+                _CALLED + (_DOT * self.positions + _BEGUN) * len(at) + _COPIED * copied,
+                2 * len(at) + copied,
+            )
         return found
+
+    def _lie_together(self, at: Coordinates) -> bool:
+        """Whether single positions are read so often that it pays to bring samples together."""
+        return self.positions == 1 and 2 * len(at) > sum(at.shape)
 
     def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
         """Compute coordinates of all samples in the cheapest way."""
-        key = type(self), self.positions, budget
+        key = type(self), self.positions, budget, self.on_cpu
         if key not in at.ways:
             costs = self.costs(at)
             # A way that could not hold a single sample within the budget is not open.
@@ -244,7 +360,14 @@ class Products(Factor):
             at.ways[key] = cheapest, 8 * (costs[cheapest][1] + len(at))
         way, held = at.ways[key]
         parts = _parts(len(self), held, budget)
-        if way == "gather":
+        if way == "gather" and self._lie_together(at):
+            for part in parts:
+                for which, values in self.together(part, at):
+                    yield part, which, values
+        elif way == "dots":
+            for part in _parts(len(self), held, min(budget, _LAID_OUT)):
+                yield part, _ALL, self.dots(part, at)
+        elif way == "gather":
             most = max(1, budget // (8 * (2 * self.positions + 1)))
             for part in parts:
                 for begin, piece in at.split(most):
@@ -283,6 +406,15 @@ class Outer(Products):
     def nbytes(self) -> int:
         """Bytes held."""
         return self._left.nbytes + self._right.nbytes
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the factors lie in main memory."""
+        return self._left.is_cpu
+
+    def single(self) -> tuple[Tensor, Tensor] | None:
+        """Return the only two vectors of each sample, where there is a single position."""
+        return (self._left[:, 0], self._right[:, 0]) if self.positions == 1 else None
 
     def left(self, part: slice, rows: Tensor | None = None) -> Tensor:
         """Values of rows."""
@@ -356,6 +488,11 @@ class Patches(Products):
         """Bytes held."""
         return self._left.nbytes + self._input.nbytes
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the factors lie in main memory."""
+        return self._left.is_cpu
+
     def left(self, part: slice, rows: Tensor | None = None) -> Tensor:
         """Values of output channels."""
         left = self._left[part]
@@ -403,6 +540,7 @@ class Patches(Products):
         found = super().costs(at)
         if self._groups > 1:  # rows see different columns: there is no common block
             found.pop("block", None)
+            found.pop("dots", None)
         copied = self._in_group * self._groups * math.prod(self._kernel) * self.positions
         work, held = found["form"]
         found["form"] = (work + _GATHERED * copied / 4, held + copied)
@@ -436,9 +574,9 @@ class Lookups(Factor):
 
     def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
         """Compute coordinates: pair each lookup with the coordinates that lie in its row."""
-        rows = self._rows.contiguous()
-        starts = torch.searchsorted(at.rows, rows)
-        counts = torch.searchsorted(at.rows, rows, right=True) - starts
+        rows, ascending = self._rows.contiguous(), at.rows[at.order]
+        starts = torch.searchsorted(ascending, rows)
+        counts = torch.searchsorted(ascending, rows, right=True) - starts
         most = int(counts.sum(1).max()) if counts.numel() else 0
         for part in _parts(len(self), 8 * len(at) + 64 * most, budget):
             values = _raised(self._values[part])
@@ -447,6 +585,7 @@ class Lookups(Factor):
             before = many.cumsum(0) - many
             which = torch.arange(len(lookup), device=lookup.device) - before[lookup]
             which += starts[part].flatten()[lookup]
+            which = at.order[which]
             found = values.reshape(-1)[lookup * values.shape[2] + at.columns[which]]
             sample = torch.div(lookup, self._rows.shape[1], rounding_mode="floor")
             out = torch.zeros(len(values) * len(at), dtype=found.dtype, device=found.device)
@@ -488,7 +627,7 @@ class FactoredGradient:
         return sum(factor.nbytes for factor in self.factors)
 
     def coordinates(self, flat: Tensor) -> Coordinates:
-        """Return coordinates of this parameter, ``(c,)`` ascending, to be taken."""
+        """Return coordinates of this parameter, ``(c,)``, to be taken."""
         return Coordinates(flat, *as_matrix(self.shape[1:]))
 
     def take(self, at: Coordinates) -> Iterator[Taken]:
@@ -503,6 +642,10 @@ class FactoredGradient:
         if len(at) and len(self):
             for factor in self.factors:
                 yield from factor.take(at, self._budget)
+
+    def single(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return the two vectors of each sample whose outer product this is, as `Factor.single`."""
+        return self.factors[0].single() if len(self.factors) == 1 else None
 
     def form(self, part: slice = slice(None)) -> Tensor:
         """Form the gradients of some samples, ``(b, *shape)``, of the parameter's dtype."""
@@ -593,7 +736,17 @@ class FactoredGradients(dict[str, Tensor]):
 def _parts(samples: int, held: float, budget: int) -> list[slice]:
     """Cut samples into parts that stay within a budget, at ``held`` bytes for each."""
     step = max(1, int(budget // max(held, 1)))
+    if step >= samples:
+        return [_ALL]  # which costs nothing to cut out
     return [slice(i, min(i + step, samples)) for i in range(0, samples, step)]
+
+
+def _lines(values: Tensor) -> Tensor:
+    """Lay out ``(b, T, d)`` as ``(d * b, T)``, line by line, in each the samples one by one."""
+    b, length, d = values.shape
+    if values.is_contiguous():  # a single matrix is transposed many times faster than several
+        return values.view(b * length, d).T.contiguous().view(d * b, length)
+    return values.permute(2, 0, 1).reshape(d * b, length)
 
 
 def _columns(values: Tensor, which: Tensor | None) -> Tensor:
@@ -601,8 +754,10 @@ def _columns(values: Tensor, which: Tensor | None) -> Tensor:
     if which is None:
         return values
     # Of a matrix, columns are read many times faster than of a tensor with three dimensions.
+    if values.shape[1] == 1:
+        return values[:, 0].index_select(1, which).unsqueeze(1)
     taken = values.flatten(0, 1).index_select(1, which)
-    return taken.view(*values.shape[:2], len(which))
+    return taken.view(*values.shape[:2], taken.shape[1])
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -611,4 +766,6 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def _raised(values: Tensor) -> Tensor:
     """Sums run in float32 at least."""
+    if values.dtype == torch.float32:
+        return values
     return values.to(_at_least_float32(values.dtype))

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trak_dropout.gradients.factors import DEFAULT_BUDGET, FactoredGradient
 from trak_dropout.gradients.rules import rule_of
-from trak_dropout.gradients.taps import FactorError, Place, Site, place_of, to_front
+from trak_dropout.gradients.taps import FactorError, Place, Site, no_view, place_of, to_front
 
 Reduction = Literal["mean", "sum"]
 
@@ -401,8 +401,8 @@ class LiveGradients:
             place = room, 1
             result = result.unsqueeze(0) if layout.room is None else result
             result = result.expand(*result.shape[:room], step.samples, *result.shape[room + 1 :])
-        elif result._base is not None:
-            result = result.clone()  # the hook of a view is lost when it is changed in place
+        else:
+            result = no_view(site.module, result)
         held = [value.detach() for value in given]
         versions = [value._version for value in held]
 
@@ -427,6 +427,7 @@ class LiveGradients:
 
     def _take(self, step: _Step, site: Site, inputs: list[Tensor], gradient: Tensor) -> None:
         """Add a layer's shares of the samples' gradients."""
+        kept = self._shares.names
         with torch.no_grad():
             if step.checked:
                 types = [x.dtype for x in (gradient, *inputs) if x.is_floating_point()]
@@ -434,7 +435,7 @@ class LiveGradients:
             factors = site.function(site.module, inputs, gradient)
             for own, name in site.parameters.items():
                 weight = self._weights[name]
-                if name in self._shares.names and weight.requires_grad:
+                if name in kept and weight.requires_grad:
                     made = FactoredGradient([factors[own]], step.samples, weight, self._budget)
                     self._add(step, name, made)
 

@@ -87,7 +87,8 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 def _rows(values: Tensor, trailing: int = 1) -> Tensor:
     """Merge the dimensions between the first and the last few: ``(B, T, *trailing)``."""
-    return values.reshape(len(values), -1, *values.shape[values.ndim - trailing :])
+    # (len() of a tensor costs more than all of this.)
+    return values.reshape(values.shape[0], -1, *values.shape[values.ndim - trailing :])
 
 
 @rule(nn.Linear, "weight", "bias")

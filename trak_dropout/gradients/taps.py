@@ -91,6 +91,21 @@ def tapped(sites: Sequence[Site], handler: Handler) -> Iterator[None]:
             handle.remove()
 
 
+def no_view(module: nn.Module, output: Tensor) -> Tensor:
+    """Return a module's output as a tensor whose hooks stay when it is changed in place.
+
+    Args:
+        module: the module.
+        output: what it returned; the hooks of a view are lost.
+    """
+    if output._base is None:
+        return output
+    if type(module) is nn.Linear:  # of a matrix that nobody else has
+        alone: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+        return alone
+    return output.clone()
+
+
 class Recorder:
     """Collects factors while a model runs forward and gradients flow back.
 
@@ -122,8 +137,8 @@ class Recorder:
             leaf = output.detach().requires_grad_()
             self.leaves.append(leaf)
             output = leaf.clone()  # a leaf could not be changed in place
-        elif output._base is not None:
-            output = output.clone()  # the hook of a view is lost when it is changed in place
+        else:
+            output = no_view(site.module, output)
         if not self.recording:  # an activation checkpoint runs the layer again
             return output
         held = [value.detach() for value in inputs]
