@@ -62,7 +62,7 @@ class Cells:
         "shares",
         "proj_dims",
         "more_dims",
-        "ekfac",
+        "every",
     )
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:

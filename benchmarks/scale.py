@@ -276,7 +276,7 @@ def solving(options: argparse.Namespace, speed: Speed) -> list[Row]:
             computer.get_scores(features, targets, torch.zeros(n, 100))
             seconds.append(time.perf_counter() - started)
         work = Work.dense(1, 1)
-        bare = Speed(0.0, 0.0, 0.0, speed.product)
+        bare = Speed(0.0, 0.0, 0.0, speed.product, speed.entry)
         predicted = estimate(work, bare, n, k).scoring
         measured = interval(seconds)
         rows.append(
@@ -316,11 +316,11 @@ def main() -> None:
     )
     options_parser.add_argument("--proj-dims", nargs="+", type=int, default=[512, 2048, 8192])
     options_parser.add_argument("--proj-dim", type=int, default=2048, help="for the other points")
-    options_parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8])
+    options_parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4])
     options_parser.add_argument("--batch-size", type=int, default=16)
     options_parser.add_argument("--tokens", type=int, default=64)
     options_parser.add_argument("--lengths", nargs="+", type=int, default=[32, 64, 128])
-    options_parser.add_argument("--rounds", type=int, default=5, help="of each seed")
+    options_parser.add_argument("--rounds", type=int, default=3, help="of each seed")
     options_parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = options_parser.parse_args()
     options.solves = [(2000, 512), (2000, 2048), (4000, 1024)]
@@ -379,9 +379,13 @@ def main() -> None:
         options.out,
         options,
         rows=rows,
+        memory=held,
         exponents=exponents,
         solving=solves,
-        speed=vars(speed),
+        speeds=[
+            {"shape": s, "k": k, "tokens": t, **vars(_mean(found))}
+            for (s, k, t), found in speeds.items()
+        ],
     )
     draw(rows, options.out.with_suffix(".png"))
 

@@ -14,7 +14,7 @@ from trak_dropout import CausalLMOutput, DropoutProjector, FactoredGradientCompu
 from trak_dropout.cli import main
 from trak_dropout.estimate import Speed, Work, calibrate, estimate
 
-SPEED = Speed(batch=0.5, multiply_add=1e-3, coordinate=1e-2, product=1e-4)
+SPEED = Speed(batch=0.5, multiply_add=1e-3, coordinate=1e-2, product=1e-4, entry=1e-3)
 
 
 @pytest.mark.parametrize(("width", "layers", "vocabulary"), [(32, 1, 50), (64, 3, 100)])
@@ -36,7 +36,7 @@ def test_time_is_the_sum_of_its_parts() -> None:
     found = estimate(work, SPEED, 30, 4, fold=3, checkpoints=2, targets=7, batch_size=10)
     sample = 5000 * 1e-3 + 12 * 2 * 1e-2 + 0.5 / 10
     assert math.isclose(found.collecting, 2 * 30 * sample)
-    solve = 1e-4 * (2 * 30 * 4 * 4 + 4**3 / 3 + 30 * 4 * 7)
+    solve = 1e-4 * (2 * 30 * 4 * 4 + 4**3 / 3 + 30 * 4 * 7) + 1e-3 * 30 * 4
     assert math.isclose(found.scoring, 2 * (7 * sample + solve))
     assert found.store == 2 * (30 * 4 * 4 + 1000 * 4)
     assert found.weights == 4000

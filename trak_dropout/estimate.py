@@ -26,6 +26,7 @@ from trak_dropout.gradients.factors import DEFAULT_BUDGET
 from trak_dropout.masks import DEFAULT_FOLD
 from trak_dropout.outputs import CausalLMOutput
 from trak_dropout.projector import DropoutProjector
+from trak_dropout.scoring import DampedScoreComputer
 
 # What a process holds for each byte of tensors. Freed blocks of glibc's heap stay with the process
 # where no new tensor fits; with every block mapped by itself (MALLOC_MMAP_THRESHOLD_=16384) this is
@@ -162,12 +163,15 @@ class Speed:
         multiply_add: of each multiply-add of a forward pass, with what flows back.
         coordinate: of each coordinate taken at each position.
         product: of each multiply-add of a matrix product in double precision.
+        entry: of each compressed gradient's entry that is read, widened and solved for, beside the
+            products; small matrices spend more on this than on products.
     """
 
     batch: float
     multiply_add: float
     coordinate: float
     product: float
+    entry: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,7 @@ def estimate(
     sample = _sample_seconds(work, speed, proj_dim * fold) + speed.batch / batch_size
     n, k = samples, proj_dim
     small = min(n, k)
-    solve = speed.product * (2 * n * k * small + small**3 / 3 + n * k * targets)
+    solve = speed.product * _products(n, k, targets) + speed.entry * n * k
     matrices = 8 * (small**2 * 2 + (n * k if k > n else 4096 * k))
     # The factors of a batch, and beside them those of the self-check's own run, or what the
     # projector reads from them, one parameter at a time and in float32, half of its budget.
@@ -259,6 +263,12 @@ def estimate(
         tensors=max(batch, matrices),
         weights=work.parameters * bytes_of_weight,
     )
+
+
+def _products(n: int, k: int, targets: int) -> float:
+    """Multiply-adds of a Gram matrix, its decomposition, the solve and the scores."""
+    small = min(n, k)
+    return 2 * n * k * small + small**3 / 3 + n * k * targets
 
 
 def _sample_seconds(work: Work, speed: Speed, coordinates: int) -> float:
@@ -399,14 +409,26 @@ def _calibrate(
     ]
     square = torch.randn(768, 768, dtype=torch.float64, device=device)
     calls.append(lambda: square @ square)
-    small, large, taking, product = _medians(calls, repeats, device)
+    rows, columns, targets = 2048, 256, 16
+    matrix = torch.randn(rows, columns, device=device)
+    scores = torch.zeros(rows, targets, device=device)
+
+    def solve() -> None:
+        score_computer = DampedScoreComputer(torch.float32, device)
+        features = score_computer.get_x_xtx_inv(matrix, score_computer.get_xtx(matrix))
+        score_computer.get_scores(features, matrix[:targets], scores)
+
+    calls.append(solve)
+    small, large, taking, product, solving = _medians(calls, repeats, device)
+    product /= 768**3
     per_add = max(large - small, 1e-9) / (works[1] - works[0])
     coordinates = wanted * DEFAULT_FOLD * batch_size * tokens
     return Speed(
         batch=max(small - per_add * works[0], 0.0),
         multiply_add=per_add,
         coordinate=max(taking - large, 0.0) / coordinates,
-        product=product / 768**3,
+        product=product,
+        entry=max(solving - product * _products(rows, columns, targets), 0.0) / (rows * columns),
     )
 
 
