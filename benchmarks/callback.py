@@ -1,12 +1,13 @@
 """What a collection of the callback costs, beside a plain pass and in memory.
 
 An MLP and ResNet-9 on Fashion-MNIST and a GPT-NeoX language model on source code are trained by a
-Trainer. After each epoch, in turn, it (a) runs forward and backward over the training data as a
-training step does, without the optimizer, and (b) collects: a pass over the same data in the same
-batches that writes compressed gradients and weights. Ratios are medians over epochs. Memory is the
-peak of what a training process holds, with the collector and without, each in a process of its own.
+Trainer, for a few steps at a time. After them, in turn, it (a) runs forward and backward over the
+data as training steps do, without the optimizer, and (b) collects, for each fold: a pass over the
+same data in the same batches that writes compressed gradients and weights. Ratios are medians over
+rounds, by the clock and by the process's processor time. Memory is the peak of what a training
+process holds, with the collector and without, each in a process of its own.
 
-    python benchmarks/callback.py            # about half an hour on 2 cores
+    python benchmarks/callback.py            # about five minutes on 2 cores
     python benchmarks/callback.py --quick    # the MLP, few samples
 
 Writes benchmarks/results/callback.json. The aim is at most 1.0 (0.85 for the language
@@ -17,12 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import resource
-import shutil
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trak_dropout import CausalLMOutput
 from trak_dropout.lightning import GradientCollector
+from trak_dropout.masks import DEFAULT_FOLD
 
 RESULTS = Path(__file__).parent / "results"
 LENGTH = 64
@@ -70,13 +73,13 @@ def text(count: int) -> TensorDataset:
 SETTINGS = {
     "MLP": Setting(
         lambda: _models.mlp(784, 1024, 1000, 64, 10),
-        images, "image_classification", 6000, 64, 1.0,
+        images, "image_classification", 6400, 64, 1.0,
     ),
     "ResNet-9": Setting(
-        lambda: _models.ResNet9(1, 16), images, "image_classification", 1000, 50, 1.0,
+        lambda: _models.ResNet9(1), images, "image_classification", 320, 32, 1.0,
     ),
     "language model": Setting(
-        _models.neox(256, 4, 8, 128, LENGTH), text, CausalLMOutput(), 1200, 16, 0.85,
+        _models.neox(320, 8, 8, 512, LENGTH), text, CausalLMOutput(), 160, 16, 0.85,
     ),
 }  # fmt: skip
 
@@ -110,97 +113,152 @@ class Module(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-4)
 
 
-class PlainPass(pl.Callback):
-    """Times forward and backward over the training data, after each epoch."""
+Times = tuple[float, float]
+"""Seconds by the clock, and of the process's processor time."""
 
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-        self.seconds: list[float] = []
+
+class Clock:
+    """The time that a block takes."""
+
+    def __enter__(self) -> Clock:
+        """Begin."""
+        self.begun = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        self.spent: Times = (
+            time.perf_counter() - self.begun[0],
+            time.process_time() - self.begun[1],
+        )
+
+
+class Rounds(pl.Callback):
+    """After the steps of an epoch, a plain pass and a collection of each collector, timed.
+
+    Args:
+        loader: what the plain pass runs over.
+        collectors: by fold.
+    """
+
+    def __init__(self, loader: DataLoader, collectors: dict[int, GradientCollector]) -> None:
+        self.loader, self.collectors = loader, collectors
+        self.plain: list[Times] = []
+        self.collected: dict[int, list[Times]] = {fold: [] for fold in collectors}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Module) -> None:
-        """Run it; weights, gradients and running statistics are as before."""
+        """Run them; weights, gradients and running statistics are as before."""
         held = {name: t.clone() for name, t in pl_module.named_buffers()}
-        begun = time.perf_counter()
-        for batch in self.loader:
-            pl_module.training_step(batch, 0).backward()
-            pl_module.zero_grad()
-        self.seconds.append(time.perf_counter() - begun)
+        with Clock() as clock:
+            for batch in self.loader:
+                pl_module.training_step(batch, 0).backward()
+                pl_module.zero_grad()
+        self.plain.append(clock.spent)
         for name, t in pl_module.named_buffers():
             t.copy_(held[name])
+        folds = list(self.collectors)
+        turn = len(self.plain) % len(folds)
+        for fold in folds[turn:] + folds[:turn]:
+            with Clock() as clock:
+                self.collectors[fold].collect_now(trainer, pl_module)
+            self.collected[fold].append(clock.spent)
 
 
-class Timed(GradientCollector):
-    """A collector that keeps how long each collection took."""
+class Collector(GradientCollector):
+    """A collector that collects when it is told to."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Collect."""
-        begun = time.perf_counter()
+        """Wait."""
+
+    def collect_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Collect as at the end of an epoch."""
         super().on_train_epoch_end(trainer, pl_module)
-        self.taken = [*getattr(self, "taken", []), time.perf_counter() - begun]
 
 
 def fit(
-    name: str, samples: int, epochs: int, proj_dim: int, collect: bool, plain: bool, store: Path
-) -> dict[str, Any]:
-    """Train with what is asked for; returns the seconds of each pass and the peak memory."""
+    name: str, data: TensorDataset, epochs: int, steps: int | None, callbacks: list[Any]
+) -> Any:
+    """Train with callbacks; returns the module."""
     setting = SETTINGS[name]
     torch.manual_seed(0)
-    data = setting.data(samples)
-    causal = isinstance(setting.task, CausalLMOutput)
-    module = Module(setting.model(), causal)
-    callbacks: list[pl.Callback] = []
-    ordered = DataLoader(data, setting.batch_size)
-    pass_, collector = PlainPass(ordered), Timed(
-        store, task=setting.task, proj_dim=proj_dim, model="net"
-    )  # fmt: skip
-    callbacks += [pass_] if plain else []
-    callbacks += [collector] if collect else []
+    module = Module(setting.model(), isinstance(setting.task, CausalLMOutput))
     pl.Trainer(
         max_epochs=epochs, callbacks=callbacks, accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_train_batches=steps,
     ).fit(module, DataLoader(data, setting.batch_size, shuffle=True))  # fmt: skip
-    shutil.rmtree(store, ignore_errors=True)
-    return {
-        "plain": pass_.seconds,
-        "collect": getattr(collector, "taken", []),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "samples": len(data),
-        "parameters": sum(p.numel() for p in module.parameters()),
+    return module
+
+
+def timed(name: str, samples: int, rounds: int, k: int, folds: list[int], store: Path) -> Any:
+    """Time plain passes and collections in turn."""
+    setting = SETTINGS[name]
+    data = setting.data(samples)
+    collectors = {
+        fold: Collector(store / str(fold), setting.task, k, fold=fold, model="net")
+        for fold in folds
     }
+    watch = Rounds(DataLoader(data, setting.batch_size), collectors)
+    # The first collection pays for what is set up once: hooks, masks, checks.
+    module = fit(name, data, rounds + 1, 4, [*collectors.values(), watch])
+    parameters = sum(p.numel() for p in module.parameters())
+    return watch.plain, watch.collected, parameters, len(data)
 
 
-def apart(*arguments: Any) -> dict[str, Any]:
-    """Run `fit` in a process of its own."""
+def memory(name: str, samples: int, k: int, fold: int | None, store: Path) -> float:
+    """Megabytes that training holds at its peak, with collections of a fold or without."""
+    setting = SETTINGS[name]
+    collectors = (
+        [] if fold is None else [GradientCollector(store, setting.task, k, fold=fold, model="net")]
+    )
+    fit(name, setting.data(samples), 3, None, collectors)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def apart(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(fit, arguments)
+        return pool.apply(call, arguments)
 
 
-def measure(name: str, samples: int, epochs: int, proj_dim: int) -> dict[str, Any]:
-    """Measure a setting."""
+def measure(name: str, samples: int, rounds: int, k: int, folds: list[int]) -> list[dict[str, Any]]:
+    """Measure a setting: a row for each fold."""
     with tempfile.TemporaryDirectory() as scratch:
-        store = Path(scratch) / "store"
-        timed = apart(name, samples, epochs + 1, proj_dim, True, True, store)
-        memory = [
-            apart(name, samples, 2, proj_dim, collect, False, store)["peak_mb"]
-            for collect in (False, True)
-        ]
-    # The first epoch pays for what is set up once: hooks, masks, checks.
-    ratios = [c / p for c, p in zip(timed["collect"][1:], timed["plain"][1:], strict=True)]
-    return {
-        "setting": name,
-        "parameters": timed["parameters"],
-        "samples": timed["samples"],
-        "proj_dim": proj_dim,
-        "plain_seconds": statistics.median(timed["plain"][1:]),
-        "collect_seconds": statistics.median(timed["collect"][1:]),
-        "first_collect_seconds": timed["collect"][0],
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "most": SETTINGS[name].most,
-        "peak_mb_without": memory[0],
-        "peak_mb_with": memory[1],
-        "memory_ratio": memory[1] / memory[0],
-    }
+        plain, collected, parameters, count = apart(
+            timed, name, samples, rounds, k, folds, Path(scratch)
+        )
+        without = apart(memory, name, samples, k, None, Path(scratch))
+        held = {f: apart(memory, name, samples, k, f, Path(scratch) / f"m{f}") for f in folds}
+    rows = []
+    for fold in folds:
+        wall, cpu = (
+            [c[i] / p[i] for c, p in zip(collected[fold][1:], plain[1:], strict=True)]
+            for i in (0, 1)
+        )
+        rows.append(
+            {
+                "setting": name,
+                "fold": fold,
+                "parameters": parameters,
+                "samples": count,
+                "proj_dim": k,
+                "plain_seconds": statistics.median(seconds for seconds, _ in plain[1:]),
+                "collect_seconds": statistics.median(s for s, _ in collected[fold][1:]),
+                "first": collected[fold][0][0] / plain[0][0],
+                "ratio": statistics.median(wall),
+                "lowest": min(wall),
+                "highest": max(wall),
+                "ratios": wall,
+                "cpu_ratio": statistics.median(cpu),
+                "cpu_ratios": cpu,
+                "most": SETTINGS[name].most,
+                "peak_mb_without": without,
+                "peak_mb_with": held[fold],
+                "memory_ratio": held[fold] / without,
+                "most_memory": 1.15,
+            }
+        )
+    return rows
 
 
 def main() -> int:
@@ -208,21 +266,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--proj-dim", type=int, default=2048)
-    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--folds", nargs="+", type=int, default=sorted({1, 8, DEFAULT_FOLD}))
+    parser.add_argument("--rounds", type=int, default=9, help="that count")
     parser.add_argument("--quick", action="store_true", help="the MLP, few samples")
     parser.add_argument("--out", type=Path, default=RESULTS / "callback.json")
     options = parser.parse_args()
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
     rows = []
-    print("setting          collection / plain pass   at most   memory with / without   at most")
+    print(
+        "setting          fold   of a plain pass   from     to  processor  at most   memory"
+        "  at most"
+    )
     for name in ["MLP"] if options.quick else options.settings:
         samples = 1000 if options.quick else SETTINGS[name].samples
-        row = measure(name, samples, 2 if options.quick else options.epochs, options.proj_dim)
-        rows.append(row)
-        print(
-            f"{name:<16} {row['ratio']:>23.2f} {row['most']:>9.2f} {row['memory_ratio']:>23.2f} "
-            f"{1.15:>9.2f}",
-            flush=True,
-        )
+        rounds = 2 if options.quick else options.rounds
+        for row in measure(name, samples, rounds, options.proj_dim, options.folds):
+            rows.append(row)
+            print(
+                f"{name:<16} {row['fold']:>4} {row['ratio']:>17.2f} {row['lowest']:>6.2f} "
+                f"{row['highest']:>6.2f} {row['cpu_ratio']:>10.2f} {row['most']:>8.2f} "
+                f"{row['memory_ratio']:>8.2f} {row['most_memory']:>8.2f}",
+                flush=True,
+            )
     if not options.quick:
         machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
         options.out.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""Write the tables of docs/evidence.md from benchmarks/results.
+"""Write the tables of docs/evidence.md, and of the callback's costs, from benchmarks/results.
 
 What stands between ``<!-- NAME -->`` and ``<!-- end -->`` is made here, verdicts included; the rest
-of the page is written by hand and holds no figures of results.
+of a page is written by hand; of docs/evidence.md it holds no figures of results.
 
     python benchmarks/document.py                  # rewrite
-    python benchmarks/document.py --check          # exit 1 where the page differs from the results
+    python benchmarks/document.py --check          # exit 1 where a page differs from the results
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from _study import FORMATS, HERE, Row, shown, table
 
-PAGE = HERE.parent / "docs" / "evidence.md"
+PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("evidence", "cost", "training_mode")]
 Results = dict[str, Any]
 
 
@@ -423,6 +423,46 @@ def scale_verdict(found: Results) -> str:
     return "\n".join(lines)
 
 
+def collecting(found: Results) -> str:
+    """What a collection costs, by model and fold, and whether it is what was asked."""
+    rows = {f"{r['setting']}, fold {r['fold']}": r for r in found["rows"]}
+    cells: dict[str, Callable[[Row], str]] = {
+        "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M",
+        "of a plain pass": lambda r: f"{r['ratio']:.2f}",
+        "from ... to": lambda r: f"{r['lowest']:.2f} ... {r['highest']:.2f}",
+        "processor time": lambda r: f"{r['cpu_ratio']:.2f}",
+        "asked": lambda r: f"{r['most']:.2f}",
+        "memory": lambda r: f"{r['memory_ratio']:.2f}",
+        "asked for memory": lambda r: f"{r['most_memory']:.2f}",
+    }
+    first = found["rows"][0]
+    return (
+        f"k = {first['proj_dim']}; {threads(found)}; medians of {len(first['ratios'])} rounds.\n\n"
+        + table(list(rows), list(cells), lambda n, c: cells[c](rows[n]), "model")
+    )
+
+
+def epochs(found: Results) -> str:
+    """What mode "training" adds to an epoch, by model and k, and whether it is what was asked."""
+    rows = {f"{r['setting']}, k = {r['k']}, {r['scheme']}": r for r in found["rows"]}
+    cells: dict[str, Callable[[Row], str]] = {
+        "epoch with of without": lambda r: f"{r['ratio']:.3f}",
+        "from ... to": lambda r: f"{r['lowest']:.3f} ... {r['highest']:.3f}",
+        "processor time": lambda r: f"{r['cpu_ratio']:.3f}",
+        "asked": lambda r: f"{r['most']:.2f}",
+        "pairs": lambda r: str(r["epochs"]),
+    }
+    return f"{threads(found)}; medians of paired epochs.\n\n" + table(
+        list(rows), list(cells), lambda n, c: cells[c](rows[n]), "model"
+    )
+
+
+def threads(found: Results) -> str:
+    """What a measurement was made with."""
+    count = found["threads"]
+    return f"{count} thread{'s' if count != 1 else ''}, torch {found['torch']}"
+
+
 def picture(name: str, what: str) -> tuple[str, Callable[[Results], str]]:
     """A block with the study's picture, once there is one."""
     return name, lambda found: f"![{what}](../benchmarks/results/{name}.png)"
@@ -442,6 +482,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "scale points": ("scale", scale_points),
     "scale memory": ("scale", scale_memory),
     "scale verdict": ("scale", scale_verdict),
+    "callback cost": ("callback", collecting),
+    "training cost": ("training_mode", epochs),
     "lds picture": picture("lds", "Score over time"),
     "mislabel picture": picture("mislabel", "Recall over the share inspected"),
     "retrain picture": picture("retrain", "Loss over the share removed"),
@@ -463,20 +505,20 @@ def written(page: str) -> str:
 
 
 def main() -> None:
-    """Rewrite or check the page."""
+    """Rewrite or check the pages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    old = PAGE.read_text()
-    new = written(old)
-    if options.check:
-        sys.exit(
-            f"{PAGE} is not what benchmarks/document.py makes of the results" if new != old else 0
-        )
-    PAGE.write_text(new)
-    print(f"written to {PAGE}")
+    for page in PAGES:
+        old = page.read_text()
+        new = written(old)
+        if not options.check:
+            page.write_text(new)
+            print(f"written to {page}")
+        elif new != old:
+            sys.exit(f"{page} is not what benchmarks/document.py makes of the results")
 
 
 if __name__ == "__main__":

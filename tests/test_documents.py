@@ -25,7 +25,7 @@ DOCUMENTS = [
 ]
 # What a document quotes, where it is not free to quote any results.
 QUOTED = {
-    "cost.md": ("featurize", "projection"),
+    "cost.md": ("featurize", "projection", "callback"),
     "lds.md": ("folds", "fidelity"),
     "damping.md": ("damping", "defaults"),
 }
@@ -111,7 +111,7 @@ def figures(text: str) -> list[str]:
 
 def allowed(name: str, digits: int) -> set[str]:
     """What a document may quote, with as many digits."""
-    values = [x for key in QUOTED.get(name, RESULTS) for x in numbers(RESULTS[key])]
+    values = [x for key in QUOTED.get(name, RESULTS) for x in numbers(RESULTS.get(key, []))]
     if name not in QUOTED or name == "lds.md":
         values += of_folds()
     if name not in QUOTED or name == "damping.md":
