@@ -145,6 +145,10 @@ def dattri_trak(problem: Problem, k: int) -> Attribution:
     return found
 
 
+# Settings on which the Hessian's products, batches of 250, were ended by a machine with 24 GB.
+_OVER_20_GB = ("lm",)
+
+
 def dattri_arnoldi(problem: Problem, k: int) -> Attribution:
     """Dattri's influence function by Arnoldi iteration on the Hessian of the loss."""
     _require("dattri")
@@ -153,6 +157,8 @@ def dattri_arnoldi(problem: Problem, k: int) -> Attribution:
 
     if problem.wanted != "scores":
         raise MissingError("dattri's influence function would need a run for each training sample")
+    if problem.setting.name in _OVER_20_GB:
+        raise MissingError("dattri's influence function takes more than 20 GB on this model")
     task, _ = _dattri_task(problem, of_output=False)
     loaders = _loaders(problem.setting, 250)
     found = Attribution()
