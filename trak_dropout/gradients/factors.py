@@ -24,10 +24,9 @@ DEFAULT_BUDGET = 32 * 2**20
 
 # What a way of taking coordinates costs, in multiply-adds of a matrix product: reading one product
 # of a gather, the same with all samples of a coordinate together, writing one entry of a block, a
-# multiply-add of a product of two lines and what comes on top for each, and copying one entry of a
-# line; and the calls for a sample. Measured on CPUs.
-_GATHERED, _TOGETHER, _WRITTEN, _DOT, _BEGUN, _COPIED = 80, 20, 40, 5, 120, 30
-_CALLED = 10**5
+# multiply-add of a product of two lines and what comes on top for each, and the calls for a sample.
+# Measured on CPUs.
+_GATHERED, _TOGETHER, _WRITTEN, _DOT, _BEGUN, _CALLED = 80, 20, 40, 5, 120, 10**5
 
 # Bytes of a piece of values that stays in a core's cache, and below what an allocator takes from
 # the operating system anew each time; and of the lines that are laid out at a time.
@@ -268,6 +267,8 @@ class Products(Factor):
     """
 
     positions: int
+    laying = 30
+    """What it costs to lay one entry of a line where it belongs, in the same multiply-adds."""
 
     @property
     @abstractmethod
@@ -340,7 +341,7 @@ class Products(Factor):
         if self.positions > 1 and self.on_cpu and len(at) <= r * c:  # a sparse matrix has no more
             copied = (r + c) * self.positions
             found["dots"] = (
-                _CALLED + (_DOT * self.positions + _BEGUN) * len(at) + _COPIED * copied,
+                _CALLED + (_DOT * self.positions + _BEGUN) * len(at) + self.laying * copied,
                 2 * len(at) + copied,
             )
         return found
@@ -389,6 +390,8 @@ class Outer(Products):
         left: values of the rows, such as output gradients, ``(B, T, rows)``.
         right: values of the columns, such as inputs, ``(B, T, columns)``.
     """
+
+    laying = 70  # lines are columns of what is held
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self._left, self._right = left, right
