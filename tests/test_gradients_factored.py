@@ -375,6 +375,14 @@ def test_convolutions_of_all_shapes(data: st.DataObject) -> None:
     check(nn.Sequential(layer), task, batch, k=1)
 
 
+def test_groups_of_a_convolution_with_a_single_position() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv1d(4, 2, 3, groups=2, dilation=2).double()
+    batch = (torch.randn(2, 4, 5, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    task = LossOutput(lambda output, target: (output.sin() * (1 + target.sum())).sum())
+    check(nn.Sequential(layer), task, batch, k=1)
+
+
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_products_and_tables_of_all_shapes(data: st.DataObject) -> None:

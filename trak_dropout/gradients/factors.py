@@ -525,6 +525,10 @@ class Patches(Products):
         first = torch.div(at.rows, width, rounding_mode="floor") * self._in_group
         return (self.left(part, at.rows) * self._read(part, at.columns, first)).sum(1)
 
+    def _lie_together(self, at: Coordinates) -> bool:
+        """As for all products; but rows of different groups read different windows."""
+        return self._groups == 1 and super()._lie_together(at)
+
     @property
     def _in_group(self) -> int:
         return self._input.shape[2] // self._groups
