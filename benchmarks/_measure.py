@@ -91,6 +91,10 @@ class Live(TorchDispatchMode):
         return result
 
     def _see(self, value: torch.Tensor, was_there: bool = False) -> None:
+        if value.layout == torch.sparse_csr:  # has no storage of its own
+            for part in (value.crow_indices(), value.col_indices(), value.values()):
+                self._see(part, was_there)
+            return
         storage = value.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
