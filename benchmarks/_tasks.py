@@ -29,7 +29,6 @@ class Task:
         targets: clean ones.
         test: clean ones, others than the targets.
         epochs: after how many epochs of one run checkpoints are taken, ascending.
-        selected_epochs: epochs of training on a selection.
     """
 
     name: str
@@ -39,22 +38,28 @@ class Task:
     targets: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     epochs: tuple[int, ...]
-    selected_epochs: int
 
     @property
     def shape(self) -> tuple[int, int]:
         """Numbers of training samples and of targets."""
         return len(self.train[0]), len(self.targets[0])
 
-    def steps(self, model: nn.Module, rows: Tensor, epochs: int) -> None:
-        """Train a model on some training samples, in batches of 64."""
+    def steps(self, model: nn.Module, rows: Tensor, count: int) -> None:
+        """Train a model on some training samples, for a number of batches of 64."""
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
         x, y = self.train
-        for _ in range(epochs):
-            for batch in torch.split(rows[torch.randperm(len(rows))], 64):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-                optimizer.step()
+        batches: list[Tensor] = []
+        for _ in range(count):
+            if not batches:
+                batches = list(torch.split(rows[torch.randperm(len(rows))], 64))
+            batch = batches.pop(0)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+
+    def of_epochs(self, epochs: int) -> int:
+        """Number of batches in epochs of all training samples."""
+        return epochs * -(-self.shape[0] // 64)
 
     def checkpoints(self, file: Path) -> list[nn.Module]:
         """Checkpoints of one run on all training samples, from a file where it is there."""
@@ -63,7 +68,7 @@ class Task:
         if not file.is_file():
             states = []
             for before, after in zip((0, *self.epochs), self.epochs, strict=False):
-                self.steps(model, torch.arange(self.shape[0]), after - before)
+                self.steps(model, torch.arange(self.shape[0]), self.of_epochs(after - before))
                 states.append({key: value.clone() for key, value in model.state_dict().items()})
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(states, file)
@@ -75,10 +80,13 @@ class Task:
         return found
 
     def accuracy(self, rows: np.ndarray, seed: int) -> float:
-        """Share of test samples classified rightly after training on some training samples."""
+        """Share of test samples classified rightly after training on some training samples.
+
+        For as many batches as the run on all of them.
+        """
         torch.manual_seed(seed)
         model = self.model()
-        self.steps(model, torch.as_tensor(rows), self.selected_epochs)
+        self.steps(model, torch.as_tensor(rows), self.of_epochs(self.epochs[-1]))
         return self.tested(model)
 
     def tested(self, model: nn.Module) -> float:
@@ -113,7 +121,7 @@ def image(n: int, m: int, folder: Path, quick: bool) -> Task:
     epochs = (1, 2) if quick else (4, 6, 8)
     return Task(
         "image", lambda: mlp(784, 128, 64, 10), 10, *_flipped(train, n, 10), targets, test,
-        epochs, 6 if quick else 16,
+        epochs,
     )  # fmt: skip
 
 
@@ -134,7 +142,7 @@ def text(n: int, m: int, folder: Path, quick: bool) -> Task:
     return Task(
         "text", lambda: ByteNet(count), count, *_flipped(train, n, count),
         (ends[0][:m], ends[1][:m]), (ends[0][m : m + 5000], ends[1][m : m + 5000]),
-        (1, 2) if quick else (2, 3, 4), 4,
+        (1, 2) if quick else (2, 3, 4),
     )  # fmt: skip
 
 

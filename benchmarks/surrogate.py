@@ -3,17 +3,20 @@
 Two tasks with 30 % of the training labels flipped and clean targets: an MLP on Fashion-MNIST, and a
 convolution over characters that tells from which of ten sources a passage of real text comes
 (source code, manual pages, licenses, ...). Influences are TRAK's margin over three checkpoints of
-one run. All of them, 55 000 x 10 000, are really computed, as the truth and as what the network's
-cost is compared with. From those of 5 % of the rows and columns, with the Gram matrix of the
-sampled rows alone, networks learn to predict the rest; they see the last checkpoint's penultimate
-layer and the label.
+one run. All of them are really computed, a block of rows at a time, as the truth and as what the
+network's cost is compared with. From those of 5 % of the rows and columns, with the Gram matrix of
+the sampled rows alone, networks learn to predict the rest; they see the last checkpoint's
+penultimate layer and the label.
+
+The tasks are studied with 10 000 images x 2500 targets and 20 000 passages x 5000; what the network
+costs, and how good it is, also with 55 000 images x 10 000.
 
 Reported over seeds of the sample: Spearman and squared error on the four quadrants (rows and
 columns seen or not), seconds of every part, and the test accuracy of models trained on the 30 %
 that predicted or true influences select. Everything runs in one thread; seconds are the process's
-own, beside those of the wall clock.
+own, beside those of the wall clock. A run goes on where it stopped.
 
-    python benchmarks/surrogate.py              # some twenty minutes; goes on where it stopped
+    python benchmarks/surrogate.py              # a quarter of an hour on an idle core
     python benchmarks/surrogate.py --quick      # a minute: fewer of everything
 
 Fashion-MNIST: Debian's dataset-fashion-mnist, or --fashion-mnist DIR.
@@ -47,15 +50,25 @@ from trak_dropout.surrogate import (
     with_labels,
 )
 
+# Task, training samples, targets and columns of a setting, and whether all is studied there or the
+# network's cost and quality alone.
+SETTINGS = {
+    "image": ("image", 10_000, 2_500, 1024, True),
+    "text": ("text", 20_000, 5_000, 4096, True),
+    "all images": ("image", 55_000, 10_000, 4096, False),
+}
 QUADRANTS = ("both seen", "source seen", "target seen", "both unseen")
 Sides = tuple[np.ndarray, np.ndarray]
 Guess = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of some rows and columns
+
+BATCH, STEPS = (256, 256), 300  # sources and targets of a batch, and batches to learn from
 
 MAIN = "network (product)"
 NETWORKS: dict[str, dict[str, Any]] = {
     MAIN: {"architecture": "product"},
     "network (concat)": {"architecture": "concat"},
 }
+OTHERS: tuple[float | str, ...] = (1.0, "auto")  # dampings at which learning is tried, too
 # What else is learnt with the first seed alone.
 STUDY: dict[str, dict[str, Any]] = {
     "product, hidden 25": {"hidden_dim": 25},
@@ -70,11 +83,15 @@ class Bench:
     Args:
         task: the task.
         options: of the study.
+        name: of the setting.
+        studied: whether everything is compared, or the network with simple predictors alone.
     """
 
-    def __init__(self, task: Task, options: argparse.Namespace) -> None:
-        self.task, self.options = task, options
-        self.cells = Cells(options, f"surrogate-{task.name}")
+    def __init__(
+        self, task: Task, options: argparse.Namespace, name: str, studied: bool = True
+    ) -> None:
+        self.task, self.options, self.name, self.studied = task, options, name, studied
+        self.cells = Cells(options, f"surrogate-{name.replace(' ', '-')}")
         n, m = task.shape
         self._stem = f"surrogate-{task.name}-{n}-{m}-{options.proj_dim}-{options.damping:g}"
         self.models = task.checkpoints(options.cache / f"{self._stem}-models.pt")
@@ -116,7 +133,8 @@ class Bench:
         """All influences, computed once and kept on disk; and at other dampings on some targets."""
         options = self.options
         others: dict[float | str, np.ndarray] = {
-            value: np.union1d(self.unseen, self.axes[self.first][1]) for value in (1.0, "auto")
+            value: np.union1d(self.unseen, self.axes[self.first][1])
+            for value in (OTHERS if self.studied else ())
         }
         files = {key: options.cache / f"{self._stem}-{key}.npz" for key in ("truth", *others)}
         found = {str(key): kept(file) for key, file in files.items()}
@@ -130,7 +148,7 @@ class Bench:
             for value, one in rest.items():
                 kept(files[value], one)
             self.cells.add({"part": "full", "seconds": clock.rows(), "relative": relative})
-            say(f"{self.task.name}: all influences in {sum(clock.cpu.values()):.0f} s")
+            say(f"{self.name}: all influences in {sum(clock.cpu.values()):.0f} s")
             return truth, {str(value): one for value, one in rest.items()}
         truth = found.pop("truth")
         assert truth is not None
@@ -155,11 +173,13 @@ class Bench:
         """A network fitted to influences of a sample."""
         x, y = sides or self.embedded
         rows, columns = self.axes[key]
+        batches = -(-len(rows) // BATCH[0]) * -(-len(columns) // BATCH[1])
+        epochs = max(1, min(25, STEPS // batches))
         with (clock or Clock())("fit"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             net = InfluenceNetwork(x.shape[1], **{"architecture": "product", **network})
             return net.fit(
-                x[rows], y[columns], block, seed=key[0], batch_size=(256, 256), max_epochs=25
+                x[rows], y[columns], block, seed=key[0], batch_size=BATCH, max_epochs=epochs
             )
 
     def guess(self, net: InfluenceNetwork, sides: Sides | None = None) -> Guess:
@@ -178,16 +198,16 @@ class Bench:
     def run(self) -> dict[str, Any]:
         """Measure everything that has not been measured yet."""
         truth, others = self.truths()
-        for key in tqdm(self.axes, f"{self.task.name}: samples", leave=False):
+        for key in tqdm(self.axes, f"{self.name}: samples", leave=False):
             if self.cells.get(part="sample", key=list(key)) is None:
                 self.sample(key, truth)
                 self.cells.add({"part": "sample", "key": list(key)})
-                say(f"{self.task.name}: seed {key[0]}, {key[1]:.1%} done")
-        if self.cells.get(part="dampings") is None:
+                say(f"{self.name}: seed {key[0]}, {key[1]:.1%} done")
+        if self.studied and self.cells.get(part="dampings") is None:
             for damping, one in others.items():
                 self.at_damping(damping, one)
             self.cells.add({"part": "dampings"})
-        for seed in range(self.options.seeds):
+        for seed in range(self.options.seeds if self.studied else 0):
             self.selections(seed, truth)
         full = self.cells.get(part="full")
         assert full is not None
@@ -197,9 +217,10 @@ class Bench:
             for part in ("quality", "cost", "selection", "fit")
         }
         return {
-            "setting": self.task.name,
+            "setting": self.name,
             "n": n,
             "m": m,
+            "proj_dim": self.options.proj_dim,
             "parameters": sum(p.numel() for p in self.models[-1].parameters()),
             "checkpoints": len(self.models),
             "checkpoint_accuracy": [self.task.tested(model) for model in self.models],
@@ -212,6 +233,8 @@ class Bench:
 
     def add(self, method: str, key: tuple[int, float], guess: Guess, truth: Truth) -> None:
         """Judge predictions on the four quadrants."""
+        if self.cells.get(part="quality", method=method, share=key[1], seed=key[0]) is not None:
+            return  # of a run that was interrupted before this sample was done
         found = quality(truth, guess, self.axes[key], self.unseen, self.task.shape[0])
         self.cells.add(
             {"part": "quality", "method": method, "share": key[1], "seed": key[0],
@@ -225,17 +248,19 @@ class Bench:
         clock = Clock()
         block = self.block(key, clock)
         net = self.learnt(key, block, clock=clock)
-        if main:
+        if main and self.cells.get(part="cost", seed=seed) is None:
             self.cells.add({"part": "fit", "seed": seed, "summary": net.summary})
             self._cost(seed, net, clock)
         self.add(MAIN, key, self.guess(net), truth)
         if not main:
             return
+        exact = truth.block(*self.axes[key])
+        self._simple(key, exact, truth)
+        if not self.studied:
+            return
         paper = self.learnt(key, block, **NETWORKS["network (concat)"])
         self.add("network (concat)", key, self.guess(paper), truth)
-        exact = truth.block(*self.axes[key])
         self.add("product, exact Gram matrix", key, self.guess(self.learnt(key, exact)), truth)
-        self._simple(key, exact, truth)
         one_hot = tuple(
             with_labels(rows, own, self.task.classes)
             for rows, own in zip(self.plain, self.labels, strict=True)
@@ -252,8 +277,8 @@ class Bench:
         with warnings.catch_warnings(), clock("predict"):
             warnings.simplefilter("ignore")
             predicted = PredictedInfluences(net, *self.embedded)
-            for start in range(0, self.task.shape[0], ROWS):
-                predicted[start : start + ROWS].mean(1)
+            for start in range(0, self.task.shape[0], ROWS // 4):
+                predicted[start : start + ROWS // 4].mean(1)
         seconds = {
             kind: {**clock.rows()[kind], **self.embedding.rows()[kind]} for kind in ("cpu", "wall")
         }
@@ -323,13 +348,13 @@ class Bench:
                 everyone[f"{way}: {kind}"] = lambda kind=kind, how=how: select(
                     influences(kind), KEPT, **how
                 )
-        bar = tqdm(everyone.items(), f"{self.task.name}: selections, seed {seed}", leave=False)
+        bar = tqdm(everyone.items(), f"{self.name}: selections, seed {seed}", leave=False)
         for who, choose in bar:
             if self.cells.get(part="selection", who=who, seed=seed) is None:
                 accuracy = self.task.accuracy(choose(), 100 + seed)
                 row = {"part": "selection", "who": who, "seed": seed, "accuracy": accuracy}
                 self.cells.add(row)
-        say(f"{self.task.name}: selection of seed {seed} done")
+        say(f"{self.name}: selection of seed {seed} done")
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -452,7 +477,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             panel.barh(list(groups), means, xerr=errors)
             panel.set(title=result["setting"], xlabel=label)
             panel.invert_yaxis()
-        right.set_xlim(left=0.9 * min(row["accuracy"] for row in result["selection"]))
+        if by_who:
+            right.set_xlim(left=0.9 * min(row["accuracy"] for row in result["selection"]))
+        else:
+            right.set_axis_off()
         cost = result["cost"]
         sides = {"all": cost["full"]["cpu"], "network": cost["network"][0]["seconds"]["cpu"]}
         names = [*dict.fromkeys([*sides["all"], *sides["network"]]), "sum"]
@@ -477,10 +505,10 @@ def say(text: str) -> None:
 def main() -> None:
     """Run the study."""
     arguments = parser(__doc__, "surrogate")
-    arguments.add_argument("--settings", nargs="+", choices=TASKS, default=list(TASKS))
-    arguments.add_argument("--n", type=int, default=55_000, help="training samples")
-    arguments.add_argument("--m", type=int, default=10_000, help="targets")
-    arguments.add_argument("--proj-dim", type=int, default=4096)
+    arguments.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    arguments.add_argument("--n", type=int, help="training samples, instead of the setting's")
+    arguments.add_argument("--m", type=int, help="targets")
+    arguments.add_argument("--proj-dim", type=int, help="columns of compressed gradients")
     arguments.add_argument("--damping", type=float, default=10.0, help="relative damping")
     arguments.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.02])
     options = arguments.parse_args()
@@ -490,8 +518,12 @@ def main() -> None:
     torch.set_num_threads(1)
     results, benches = [], []
     for name in options.settings:
-        task = TASKS[name](options.n, options.m, options.fashion_mnist, options.quick)
-        benches.append(Bench(task, options))
+        task_name, n, m, columns, studied = SETTINGS[name]
+        own = argparse.Namespace(**vars(options))
+        own.n, own.m = options.n or n, options.m or m
+        own.proj_dim = options.proj_dim or columns
+        task = TASKS[task_name](own.n, own.m, options.fashion_mnist, options.quick)
+        benches.append(Bench(task, own, name, studied))
         results.append(benches[-1].run())
         say(table(results[-1]))
         write(options.out, options, results=results)

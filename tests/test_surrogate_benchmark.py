@@ -24,7 +24,7 @@ def task(n: int = 120, m: int = 30, **options: Any) -> Task:
     images, labels = digits()
     parts = [slice(0, n), slice(n, n + m), slice(n + m, n + m + 300)]
     data = [(images[some], labels[some]) for some in parts]
-    return Task("digits", mlp, 10, *data, **{"epochs": (1, 2), "selected_epochs": 2, **options})
+    return Task("digits", mlp, 10, *data, **{"epochs": (1, 2), **options})
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_checkpoints_are_of_one_run_and_kept(tmp_path: Path) -> None:
     assert not torch.allclose(first(images), second(images))
     torch.manual_seed(0)
     alone = one.model()
-    one.steps(alone, torch.arange(120), 1)
+    one.steps(alone, torch.arange(120), 2)  # batches of 64 and 56: an epoch
     torch.testing.assert_close(alone.eval()(images), first(images))
 
 
@@ -142,7 +142,7 @@ def test_the_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     options = argparse.Namespace(
         quick=True, cache=tmp_path, seeds=1, proj_dim=32, damping=10.0, shares=[0.2], n=120, m=30
     )
-    bench = surrogate.Bench(task(), options)
+    bench = surrogate.Bench(task(), options, "digits")
     found = bench.run()
     methods = {row["method"] for row in found["quality"]}
     assert {surrogate.MAIN, "mean", "ridge", "cosine", "network (product), damping auto"} <= methods
@@ -154,9 +154,14 @@ def test_the_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert surrogate.cost_shares(found)[0] > 0
     assert {row["who"] for row in found["selection"]} > {"random", "top: true", "top: predicted"}
     assert "facility location by class: predicted" in surrogate.table(found)
-    surrogate.draw([found], tmp_path / "drawn.png")
+    alone = surrogate.Bench(task(), options, "alone", studied=False).run()
+    assert {row["method"] for row in alone["quality"]} == {
+        surrogate.MAIN, "mean", "ridge", "cosine", "cosine with label", "cosine if same label"
+    }  # fmt: skip
+    assert not alone["selection"]
+    surrogate.draw([found, alone], tmp_path / "drawn.png")
 
-    again = surrogate.Bench(task(), options)
+    again = surrogate.Bench(task(), options, "digits")
     before = len(again.cells.rows)
     repeated = again.run()
     assert len(again.cells.rows) == before

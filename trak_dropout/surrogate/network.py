@@ -86,6 +86,7 @@ class InfluenceNetwork(pl.LightningModule):
         self._learning: dict[str, float] = {"learning_rate": 3e-3, "ranking": 0.0}
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._errors: list[Tensor] = []
+        self._losses: list[Tensor] = []
 
     @property
     def num_parameters(self) -> int:
@@ -187,7 +188,7 @@ class InfluenceNetwork(pl.LightningModule):
         standard = ((values - mean) / scale).float()
         self.net.reset(seed)
         self._learning = {"learning_rate": float(learning_rate), "ranking": float(ranking)}
-        self._best, self._errors = None, []
+        self._best, self._errors, self._losses = None, [], []
         order = torch.Generator().manual_seed(seed)
         checking = None
         if index is None and shape is not None:
@@ -254,8 +255,19 @@ class InfluenceNetwork(pl.LightningModule):
             if self._learning["ranking"]:
                 other = self.net.pairs(self.net.encode_source(batch[5]), right)
                 loss = loss + self._ranking_loss(found - other, batch[4] - batch[6])
-        self.log("train_loss", loss.detach() / self.ensemble, batch_size=len(batch[-1]))
+        self._losses.append(loss.detach())
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the mean loss of the epoch; to log every step would take longer than the step."""
+        self.log("train_loss", torch.stack(self._losses).mean() / self.ensemble)
+        self._losses = []
+
+    def transfer_batch_to_device(
+        self, batch: list[Tensor], device: torch.device, dataloader_idx: int
+    ) -> list[Tensor]:
+        """Move a batch; Lightning's own way looks into every collection there is."""
+        return [part.to(device) for part in batch]
 
     def _rectangle_loss(self, source: Tensor, target: Tensor, values: Tensor) -> Tensor:
         """The loss of all pairs of some sources with some targets."""
@@ -278,9 +290,7 @@ class InfluenceNetwork(pl.LightningModule):
             found = self.net.grid(*self.net.encode(batch[0], batch[1])).mean(0)
         else:
             found = self.net.pairs(*self._encoded(batch)).mean(0)
-        errors = (found - batch[-1]).square().flatten()
-        self._errors.append(errors)
-        self.log("val_loss", errors.mean(), batch_size=len(errors))
+        self._errors.append((found - batch[-1]).square().flatten())
 
     def _encoded(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Encodings of both sides of a batch's pairs; each example is encoded once."""
@@ -291,6 +301,7 @@ class InfluenceNetwork(pl.LightningModule):
         """Keep the best weights so far."""
         error = float(torch.cat(self._errors).mean())
         self._errors = []
+        self.log("val_loss", error)
         if not self.trainer.sanity_checking and (self._best is None or error < self._best[0]):
             state = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
             self._best = (error, state)
@@ -501,14 +512,16 @@ class InfluenceNetwork(pl.LightningModule):
                 f"{name} must be of shape (n, {self.embedding_dim}) with n > 0, as embedding_dim="
                 f"{self.embedding_dim} says, got {tuple(rows.shape)}"
             )
-        bad = torch.nonzero(~torch.isfinite(rows).all(1)).flatten().tolist()
+        bad: list[int] = []
+        if not bool(torch.isfinite(rows.sum())):  # else there is none, and no need to look at each
+            bad = torch.nonzero(~torch.isfinite(rows).all(1)).flatten().tolist()
         if bad:
             raise ValueError(f"{name}: rows {bad[:10]} are NaN or infinite")
         return rows
 
     def _standardised(self, side: str, rows: Tensor) -> Tensor:
         mean, scale = self._scales[side].to(rows.device)
-        return ((rows - mean) / scale).clamp(-_CLIP, _CLIP)
+        return (rows - mean).div_(scale).clamp_(-_CLIP, _CLIP)
 
     def _restored(self, found: Tensor) -> Tensor:
         mean, scale = self._scales["influences"].to(found.device)
@@ -796,7 +809,8 @@ def _numbers(name: str, given: Any) -> Tensor:
     array = np.asarray(given)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{name} must be an array of numbers, got {array.dtype}")
-    return torch.from_numpy(np.array(array))
+    shared = array.flags.writeable and array.flags.c_contiguous
+    return torch.from_numpy(array if shared else np.array(array))
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
