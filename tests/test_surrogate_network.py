@@ -395,3 +395,116 @@ def test_constant_columns_do_no_harm() -> None:
     predicted = small().fit(source, target, influences).predict(source, target)
     assert np.isfinite(predicted).all()
     assert spearmanr(predicted.ravel(), influences.ravel())[0] > 0.5
+
+
+@pytest.mark.parametrize("architecture", ["concat", "product"])
+def test_rectangular_batches_learn_the_same_from_fewer_encodings(architecture: Any) -> None:
+    source, target, influences = data(400, 200)
+    network = InfluenceNetwork(D, architecture=architecture)
+    block = influences[:200, :100]
+    network.fit(source[:200], target[:100], block, batch_size=(32, 32), max_epochs=20)
+    unseen = influences[200:, 100:]
+    predicted = network.predict(source[200:], target[100:])
+    assert spearmanr(predicted.ravel(), unseen.ravel())[0] > 0.8
+    plain = InfluenceNetwork(D, architecture=architecture)
+    plain.fit(source[:200], target[:100], block, max_epochs=1)
+    for key in ("pairs", "held_out_pairs"):  # the same examples are held out
+        assert network.summary[key] == plain.summary[key]
+    for side in ("source", "target"):
+        torch.testing.assert_close(network._scales[side], plain._scales[side])
+    torch.testing.assert_close(network._scales["influences"], plain._scales["influences"])
+
+
+def test_one_rectangle_is_one_step_on_all_its_pairs() -> None:
+    source, target, influences = data(20, 10)
+    options: dict[str, Any] = {"validation": 0, "max_epochs": 1, "learning_rate": 0.01}
+    pairs, rectangle = small(), small()
+    pairs.fit(source, target, influences, batch_size=200, **options)
+    rectangle.fit(source, target, influences, batch_size=(20, 10), **options)
+    for ours, theirs in zip(rectangle.net.parameters(), pairs.net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    # The error on what was held out is that of the best weights, which predict what was held out.
+    held = small().fit(source, target, influences, batch_size=(7, 4), max_epochs=3)
+    assert held.summary["held_out_pairs"] == 200 - 18 * 9
+    assert held.summary["held_out_error"] > 0
+
+
+def test_every_pair_comes_once_in_an_epoch_and_every_other_is_checked() -> None:
+    from trak_dropout.surrogate.batches import Rectangles
+
+    n, m = 23, 11
+    numbers = torch.arange(n * m).reshape(n, m)
+    sides = torch.arange(n)[:, None], torch.arange(m)[:, None]
+    rectangles = Rectangles(*sides, numbers)
+    rows, columns = torch.randperm(n)[:17], torch.randperm(m)[:8]
+    loader = rectangles.shuffled(rows, columns, (5, 3), torch.Generator().manual_seed(0))
+    assert len(loader) == 4 * 3
+    epochs = []
+    for _ in range(2):
+        seen = []
+        for source, target, values in loader:
+            torch.testing.assert_close(values, source * m + target.T)
+            assert values.shape[0] <= 5
+            assert values.shape[1] <= 3
+            seen += values.flatten().tolist()
+        assert sorted(seen) == sorted(numbers[rows][:, columns].flatten().tolist())
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+    for some, few in ((rows, columns), (rows, torch.arange(m)), (torch.arange(n), columns)):
+        others = [v for batch in rectangles.outside(some, few) for v in batch[2].flatten().tolist()]
+        wanted = set(numbers.flatten().tolist()) - set(numbers[some][:, few].flatten().tolist())
+        assert sorted(others) == sorted(wanted)
+
+
+def test_rectangular_batches_rank_hold_out_and_repeat() -> None:
+    source, target, influences = data(100, 100)
+    offsets = 400 * target[:, 5]
+    by_target = []
+    for ranking in (0.0, 10.0):
+        network = InfluenceNetwork(D, architecture="product").fit(
+            source, target, influences + offsets,
+            ranking=ranking, validation=0, max_epochs=20, batch_size=(32, 32),
+        )  # fmt: skip
+        found = network.predict(source, target)
+        by_target.append(np.mean([spearmanr(found[:, j], influences[:, j])[0] for j in range(100)]))
+    assert by_target[1] > by_target[0] + 0.02
+    twice = [
+        small(ensemble=2).fit(source, target, influences, batch_size=(16, 16), max_epochs=2, seed=3)
+        for _ in range(2)
+    ]
+    np.testing.assert_array_equal(
+        twice[0].predict(source, target), twice[1].predict(source, target)
+    )
+
+
+def test_rectangular_batches_need_a_matrix_and_two_sizes() -> None:
+    source, target, influences = data(20, 10)
+    listed = {"pairs": [[0, 0], [1, 1]], "batch_size": (4, 4)}
+    with pytest.raises(ValueError, match="needs a matrix of influences"):
+        small().fit(source, target, [1.0, 2.0], **listed)
+    for size, error in (((4, 4, 4), ValueError), ((4, 0), ValueError), ((4, 2.5), TypeError)):
+        with pytest.raises(error, match="batch_size"):
+            small().fit(source, target, influences, batch_size=size)
+
+
+@pytest.mark.parametrize("ensemble", [1, 3])
+def test_predictions_are_the_mean_of_the_members_in_double_precision(ensemble: int) -> None:
+    """Scale, shift and ensemble are folded into one product: against each done on its own."""
+    source, target, influences = data()
+    for architecture in ("concat", "product"):
+        network = small(architecture=architecture, ensemble=ensemble)
+        network.fit(source, target, 1e3 * influences - 5e4, max_epochs=2)
+        mean, scale = network._scales["influences"]
+        s, t = (
+            network._standardised(side, torch.tensor(x)).double()
+            for side, x in (("source", source), ("target", target))
+        )
+        twin = network.net.double()
+        with torch.no_grad():
+            expected = twin.grid(*twin.encode(s, t)).mean(0) * scale + mean
+        network.net.float()
+        predicted = network.predict(source, target)
+        tolerance = 1e-5 * float(abs(mean))
+        np.testing.assert_allclose(predicted, expected, atol=tolerance, rtol=0)
+        rows = PredictedInfluences(network, source, target)
+        np.testing.assert_array_equal(rows[:], predicted)

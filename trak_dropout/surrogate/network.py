@@ -18,17 +18,18 @@ from numpy.typing import ArrayLike, NDArray
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from trak_dropout._checks import check_integer
 from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout.largest import PIECE, Largest
+from trak_dropout.surrogate.batches import Pairs, Rectangles
 from trak_dropout.surrogate.support import ExtrapolationWarning, Support
 
 Architecture = Literal["concat", "product"]
 FORMAT_VERSION = 1
 _BLOCK_FLOATS = 2**20  # of intermediate values in prediction: small enough for caches
 _TARGETS = 128
+_ENCODED = 4096
 _CLIP = 10.0  # deviations: beyond, a column says no more than that it is large
 
 
@@ -85,6 +86,7 @@ class InfluenceNetwork(pl.LightningModule):
         self._learning: dict[str, float] = {"learning_rate": 3e-3, "ranking": 0.0}
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._errors: list[Tensor] = []
+        self._losses: list[Tensor] = []
 
     @property
     def num_parameters(self) -> int:
@@ -102,7 +104,7 @@ class InfluenceNetwork(pl.LightningModule):
         pairs: ArrayLike | Tensor | None = None,
         seed: int = 0,
         max_epochs: int = 20,
-        batch_size: int = 1024,
+        batch_size: int | tuple[int, int] = 1024,
         learning_rate: float = 3e-3,
         ranking: float = 0.0,
         validation: float = 0.1,
@@ -122,7 +124,10 @@ class InfluenceNetwork(pl.LightningModule):
             pairs: row and column of each influence, integers ``(p, 2)``.
             seed: seed of initial weights, batches and the validation split.
             max_epochs: passes over the pairs at most.
-            batch_size: pairs in a batch. (The paper takes 64, with a learning rate of 1e-4.)
+            batch_size: pairs in a batch. (The paper takes 64, with a learning rate of 1e-4.) Or
+                ``(sources, targets)``: all pairs of so many sources with so many targets make a
+                batch, for which each example is encoded once; many times faster where a whole
+                matrix of influences is given, and the way to learn from millions of pairs.
             learning_rate: Adam's.
             ranking: weight of a ranking loss beside the squared error: logistic, on the difference
                 between a pair and another with the same target.
@@ -144,7 +149,7 @@ class InfluenceNetwork(pl.LightningModule):
         """
         seed = check_integer("seed", seed, minimum=0)
         check_integer("max_epochs", max_epochs, minimum=1)
-        check_integer("batch_size", batch_size, minimum=1)
+        shape = _batch_shape(batch_size, pairs is None)
         check_integer("patience", patience, minimum=1)
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"learning_rate must be positive, got {learning_rate!r}")
@@ -156,40 +161,52 @@ class InfluenceNetwork(pl.LightningModule):
         target = self._embeddings("target_embeddings", target_embeddings)
         index, values = _pairs(influences, pairs, len(source), len(target))
         generator = torch.Generator().manual_seed(seed)
-        held = _held_out(index, validation, generator)
-        if not bool((values[~held] != values[~held][0]).any()):
+        known = _known(index, *values.shape)
+        held = _held_out(index, known, values.shape, validation, generator)
+        kept = values[~held]
+        if not bool((kept != kept[0]).any()):
             held = torch.zeros_like(held)  # whatever varies was held out
-        mean, scale = values[~held].mean(), values[~held].std(correction=0)
+            kept = values.flatten()
+        mean, scale = kept.mean(), kept.std(correction=0)
         if float(values.min()) == float(values.max()) or not float(scale) > 0:
             raise ValueError(
-                f"influences are all equal ({float(values[0]):g}); there is nothing to learn"
+                f"influences are all equal ({float(kept[0]):g}); there is nothing to learn"
             )
         if not bool(torch.isfinite(scale)):
             raise ValueError("influences leave the range of float64; scale them down")
         self.cpu()
         self._scales = {
             "influences": torch.stack([mean, scale]),
-            "source": _column_scales(source[torch.unique(index[:, 0])]),
-            "target": _column_scales(target[torch.unique(index[:, 1])]),
+            "source": _column_scales(source[known[0]]),
+            "target": _column_scales(target[known[1]]),
         }
         source, target = self._standardised("source", source), self._standardised("target", target)
         self._support = {
-            "source": Support.of(source[torch.unique(index[:, 0])], generator),
-            "target": Support.of(target[torch.unique(index[:, 1])], generator),
+            "source": Support.of(source[known[0]], generator),
+            "target": Support.of(target[known[1]], generator),
         }
         standard = ((values - mean) / scale).float()
         self.net.reset(seed)
         self._learning = {"learning_rate": float(learning_rate), "ranking": float(ranking)}
-        self._best, self._errors = None, []
-        training = _loader(
-            _Pairs(source, target, index[~held], standard[~held], ranking > 0),
-            batch_size,
-            torch.Generator().manual_seed(seed),
-        )
+        self._best, self._errors, self._losses = None, [], []
+        order = torch.Generator().manual_seed(seed)
         checking = None
-        if bool(held.any()):
-            held_pairs = _Pairs(source, target, index[held], standard[held], False)
-            checking = _loader(held_pairs, 8192, None)
+        if index is None and shape is not None:
+            rectangles = Rectangles(source, target, standard)
+            rows, columns = (torch.nonzero((~held).any(1 - axis)).flatten() for axis in (0, 1))
+            training = rectangles.shuffled(rows, columns, shape, order)
+            if bool(held.any()):
+                checking = rectangles.outside(rows, columns)
+        else:
+            assert isinstance(batch_size, int)
+            if index is None:
+                index = torch.cartesian_prod(*known)
+                held, standard = held.flatten(), standard.flatten()
+            training = Pairs(source, target, index[~held], standard[~held], ranking > 0).shuffled(
+                batch_size, order
+            )
+            if bool(held.any()):
+                checking = Pairs(source, target, index[held], standard[held], False).in_order()
         with isolate_rng(), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(seed)
             if trainer is None:
@@ -201,7 +218,7 @@ class InfluenceNetwork(pl.LightningModule):
                 trainer.fit(self, training, checking)
         if self._best is not None:
             self.net.load_state_dict(self._best[1])
-        self._finish(trainer.current_epoch, len(index), int(held.sum()), standard[held])
+        self._finish(trainer.current_epoch, values.numel(), int(held.sum()), standard[held])
         return self
 
     def _finish(self, epochs: int, pairs: int, held: int, values: Tensor) -> None:
@@ -229,22 +246,51 @@ class InfluenceNetwork(pl.LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Squared error, and the ranking loss where asked for."""
-        left, right = self._encoded(batch)
-        found = self.net.pairs(left, right)
-        loss = (found - batch[4]).square().mean(1).sum()
-        if self._learning["ranking"]:
-            other = self.net.pairs(self.net.encode_source(batch[5]), right)
-            order = torch.sign(batch[4] - batch[6])
-            ranked = nn.functional.softplus(-order * (found - other)) * order.abs()
-            loss = loss + self._learning["ranking"] * ranked.mean(1).sum()
-        self.log("train_loss", loss.detach() / self.ensemble, batch_size=len(batch[4]))
+        if len(batch) == 3:
+            loss = self._rectangle_loss(*batch)
+        else:
+            left, right = self._encoded(batch)
+            found = self.net.pairs(left, right)
+            loss = (found - batch[4]).square().mean(1).sum()
+            if self._learning["ranking"]:
+                other = self.net.pairs(self.net.encode_source(batch[5]), right)
+                loss = loss + self._ranking_loss(found - other, batch[4] - batch[6])
+        self._losses.append(loss.detach())
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the mean loss of the epoch; to log every step would take longer than the step."""
+        self.log("train_loss", torch.stack(self._losses).mean() / self.ensemble)
+        self._losses = []
+
+    def transfer_batch_to_device(
+        self, batch: list[Tensor], device: torch.device, dataloader_idx: int
+    ) -> list[Tensor]:
+        """Move a batch; Lightning's own way looks into every collection there is."""
+        return [part.to(device) for part in batch]
+
+    def _rectangle_loss(self, source: Tensor, target: Tensor, values: Tensor) -> Tensor:
+        """The loss of all pairs of some sources with some targets."""
+        found = self.net.grid(*self.net.encode(source, target))
+        loss = (found - values).square().mean((1, 2)).sum()
+        if self._learning["ranking"]:  # sources come in random order: the next one is another
+            apart, order = found - found.roll(1, 1), values - values.roll(1, 0)
+            loss = loss + self._ranking_loss(apart.flatten(1), order.flatten())
+        return loss
+
+    def _ranking_loss(self, apart: Tensor, wanted: Tensor) -> Tensor:
+        """Logistic loss of predicted differences ``(ensemble, b)``, by the sign of true ones."""
+        order = torch.sign(wanted)
+        ranked = nn.functional.softplus(-order * apart) * order.abs()
+        return self._learning["ranking"] * ranked.mean(1).sum()
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Squared error of the mean of the ensemble."""
-        errors = (self.net.pairs(*self._encoded(batch)).mean(0) - batch[4]).square()
-        self._errors.append(errors)
-        self.log("val_loss", errors.mean(), batch_size=len(errors))
+        if len(batch) == 3:
+            found = self.net.grid(*self.net.encode(batch[0], batch[1])).mean(0)
+        else:
+            found = self.net.pairs(*self._encoded(batch)).mean(0)
+        self._errors.append((found - batch[-1]).square().flatten())
 
     def _encoded(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Encodings of both sides of a batch's pairs; each example is encoded once."""
@@ -255,6 +301,7 @@ class InfluenceNetwork(pl.LightningModule):
         """Keep the best weights so far."""
         error = float(torch.cat(self._errors).mean())
         self._errors = []
+        self.log("val_loss", error)
         if not self.trainer.sanity_checking and (self._best is None or error < self._best[0]):
             state = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
             self._best = (error, state)
@@ -302,14 +349,15 @@ class InfluenceNetwork(pl.LightningModule):
         if return_std and self.ensemble < 2:
             raise ValueError("return_std needs an ensemble: InfluenceNetwork(..., ensemble=5)")
         source, target = self._ready(source_embeddings, target_embeddings)
+        if not return_std:
+            return _Encodings(self, source, target).rows(slice(None))
         result = np.empty((len(source), len(target)), dtype=np.float32)
-        spread = np.empty_like(result) if return_std else None
+        spread = np.empty_like(result)
         for rows, columns, found in self._predictions(source, target):
             result[rows, columns] = self._restored(found.mean(0)).cpu().numpy()
-            if spread is not None:
-                deviation = found.std(0, correction=0).double() * self._scales["influences"][1]
-                spread[rows, columns] = deviation.float().cpu().numpy()
-        return result if spread is None else (result, spread)
+            deviation = found.std(0, correction=0).double() * self._scales["influences"][1]
+            spread[rows, columns] = deviation.float().cpu().numpy()
+        return result, spread
 
     def predict_top_k(
         self,
@@ -373,14 +421,14 @@ class InfluenceNetwork(pl.LightningModule):
     def _predictions(self, source: Tensor, target: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Standardised predictions ``(ensemble, rows, columns)``, a block at a time."""
         with torch.no_grad():
+            left, right = _encoded_rows(self.net, source, target)
             for first in range(0, len(target), _TARGETS):
                 columns = slice(first, min(first + _TARGETS, len(target)))
-                right = self.net.encode_target(target[columns])
                 width = self.ensemble * (columns.stop - columns.start)
                 step = max(1, _BLOCK_FLOATS // (width * self.net.values_per_pair * PIECE)) * PIECE
                 for start in range(0, len(source), step):
                     rows = slice(start, min(start + step, len(source)))
-                    yield rows, columns, self.net.grid(self.net.encode_source(source[rows]), right)
+                    yield rows, columns, self.net.grid(left[:, rows], right[:, columns])
 
     # --- keeping ---------------------------------------------------------------------------
 
@@ -464,14 +512,16 @@ class InfluenceNetwork(pl.LightningModule):
                 f"{name} must be of shape (n, {self.embedding_dim}) with n > 0, as embedding_dim="
                 f"{self.embedding_dim} says, got {tuple(rows.shape)}"
             )
-        bad = torch.nonzero(~torch.isfinite(rows).all(1)).flatten().tolist()
+        bad: list[int] = []
+        if not bool(torch.isfinite(rows.sum())):  # else there is none, and no need to look at each
+            bad = torch.nonzero(~torch.isfinite(rows).all(1)).flatten().tolist()
         if bad:
             raise ValueError(f"{name}: rows {bad[:10]} are NaN or infinite")
         return rows
 
     def _standardised(self, side: str, rows: Tensor) -> Tensor:
         mean, scale = self._scales[side].to(rows.device)
-        return ((rows - mean) / scale).clamp(-_CLIP, _CLIP)
+        return (rows - mean).div_(scale).clamp_(-_CLIP, _CLIP)
 
     def _restored(self, found: Tensor) -> Tensor:
         mean, scale = self._scales["influences"].to(found.device)
@@ -493,27 +543,43 @@ class PredictedInfluences:
         source_embeddings: ArrayLike | Tensor,
         target_embeddings: ArrayLike | Tensor,
     ) -> None:
-        self._network = network
-        self._source, target = network._ready(source_embeddings, target_embeddings)
-        with torch.no_grad():
-            self._columns = [
-                network.net.encode_target(few) for few in torch.split(target, _TARGETS)
-            ]
-        self.shape = (len(self._source), len(target))
+        self._encodings = _Encodings(network, *network._ready(source_embeddings, target_embeddings))
+        self.shape = self._encodings.shape
 
     def __getitem__(self, rows: Any) -> NDArray[np.float32]:
         """Rows by a slice, or by an array of their numbers: float32 ``(r, m)``."""
-        network = self._network
-        some = self._source[rows if isinstance(rows, slice) else torch.from_numpy(np.array(rows))]
-        step = max(1, _BLOCK_FLOATS // (_TARGETS * network.ensemble * network.net.values_per_pair))
-        result = np.empty((len(some), self.shape[1]), dtype=np.float32)
+        return self._encodings.rows(
+            rows if isinstance(rows, slice) else torch.from_numpy(np.array(rows))
+        )
+
+
+class _Encodings:
+    """What a network makes of either side, a few numbers for each example, and their products."""
+
+    def __init__(self, network: InfluenceNetwork, source: Tensor, target: Tensor) -> None:
+        self._net = network.net
+        self._scales = network._scales["influences"].tolist()
         with torch.no_grad():
-            for start in range(0, len(some), step):
-                left = network.net.encode_source(some[start : start + step])
-                found = [network.net.grid(left, right).mean(0) for right in self._columns]
-                block = network._restored(torch.cat(found, 1))
-                result[start : start + step] = block.cpu().numpy()
-        return result
+            self._left, self._right = _encoded_rows(network.net, source, target)
+        self.shape = (len(source), len(target))
+
+    def rows(self, which: slice | Tensor) -> NDArray[np.float32]:
+        """Predictions of some sources for all targets, float32 ``(r, m)``."""
+        mean, scale = self._scales
+        with torch.no_grad():
+            left = self._left[:, which]
+            result = torch.empty(left.shape[1], self.shape[1])
+            step = max(1, _BLOCK_FLOATS // self.shape[1])
+            for start in range(0, len(result), step):
+                some = left[:, start : start + step]
+                self._net.fill(result[start : start + step], some, self._right, scale, mean)
+        return result.numpy()
+
+
+def _encoded_rows(net: _Network, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode both sides, some rows at a time."""
+    left = torch.cat([net.encode_source(some) for some in torch.split(source, _ENCODED)], 1)
+    return left, torch.cat([net.encode_target(some) for some in torch.split(target, _ENCODED)], 1)
 
 
 class _Network(nn.Module):
@@ -553,6 +619,16 @@ class _Network(nn.Module):
     def grid(self, left: Tensor, right: Tensor) -> Tensor:
         """Combine all with all: ``(ensemble, rows, columns)``."""
         raise NotImplementedError
+
+    def fill(self, result: Tensor, left: Tensor, right: Tensor, scale: float, shift: float) -> None:
+        """Write ``shift`` plus ``scale`` times the mean over the ensemble, ``(rows, columns)``."""
+        size = max(1, _BLOCK_FLOATS // (len(left) * _TARGETS * self.values_per_pair))
+        for first in range(0, result.shape[1], _TARGETS):
+            some = right[:, first : first + _TARGETS]
+            for start in range(0, len(result), size):
+                found = self.grid(left[:, start : start + size], some).mean(0).double()
+                block = result[start : start + size, first : first + _TARGETS]
+                block.copy_(found * scale + shift)
 
 
 class _Concat(_Network):
@@ -618,67 +694,48 @@ class _Product(_Network):
     def grid(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ right.transpose(1, 2) / math.sqrt(left.shape[-1])
 
+    def fill(self, result: Tensor, left: Tensor, right: Tensor, scale: float, shift: float) -> None:
+        # One product: members of the ensemble side by side, and a column of ones for the shift.
+        by = scale / (len(left) * math.sqrt(left.shape[-1]))
+        a = nn.functional.pad(left.transpose(0, 1).flatten(1), (0, 1), value=1.0)
+        b = nn.functional.pad(right.transpose(0, 1).flatten(1) * by, (0, 1), value=shift)
+        if result.device == a.device:
+            torch.mm(a, b.T, out=result)
+        else:
+            result.copy_(a @ b.T)
+
     def _encode(self, side: str, rows: Tensor) -> Tensor:
         weights = self.get_parameter
         hidden = (rows @ weights(side) + weights(f"{side}_bias")[:, None]).relu()
         return hidden @ weights(f"{side}_output") + weights(f"{side}_output_bias")[:, None]
 
 
-class _Pairs(Dataset[list[Tensor]]):
-    """Batches of pairs: the examples of each side and which of them each pair has, influences.
+def _batch_shape(batch_size: Any, whole: bool) -> tuple[int, int] | None:
+    """Sources and targets of a batch, or None where it is a number of pairs."""
+    if not isinstance(batch_size, tuple | list):
+        check_integer("batch_size", batch_size, minimum=1)
+        return None
+    if len(batch_size) != 2:
+        raise ValueError(f"batch_size must be pairs, or (sources, targets), got {batch_size!r}")
+    if not whole:
+        raise ValueError("batch_size=(sources, targets) needs a matrix of influences, not pairs")
+    sources, targets = (check_integer("batch_size", size, minimum=1) for size in batch_size)
+    return sources, targets
 
-    And, where asked for, another source of the same target with its influence.
+
+def _pairs(influences: Any, pairs: Any, n: int, m: int) -> tuple[Tensor | None, Tensor]:
+    """Row and column of each influence, ``(p, 2)``, and influences in float64, ``(p,)``.
+
+    Without ``pairs``, None and ``(n, m)``.
     """
-
-    def __init__(
-        self, source: Tensor, target: Tensor, index: Tensor, values: Tensor, others: bool
-    ) -> None:
-        self._source, self._target, self._others = source, target, others
-        if others:  # pairs of a target lie together, so that another is found by counting
-            order = torch.argsort(index[:, 1], stable=True)
-            index, values = index[order], values[order]
-            self._counts = torch.bincount(index[:, 1], minlength=len(target))
-            self._starts = self._counts.cumsum(0) - self._counts
-        self._index, self._values = index, values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, numbers: list[int]) -> list[Tensor]:
-        chosen = torch.tensor(numbers)
-        rows, columns = self._index[chosen].T
-        batch = []
-        for side, some in ((self._source, rows), (self._target, columns)):
-            distinct, which = torch.unique(some, return_inverse=True)
-            batch += [side[distinct], which]
-        batch.append(self._values[chosen])
-        if self._others:
-            place = torch.rand(len(chosen)) * self._counts[columns]
-            other = self._starts[columns] + place.long()
-            batch += [self._source[self._index[other, 0]], self._values[other]]
-        return batch
-
-
-def _loader(pairs: _Pairs, batch_size: int, shuffle: torch.Generator | None) -> DataLoader[Any]:
-    """A loader that asks for whole batches at once."""
-    inner: Any = (
-        SequentialSampler(pairs) if shuffle is None else RandomSampler(pairs, generator=shuffle)
-    )
-    sampler = BatchSampler(inner, batch_size, drop_last=False)
-    return DataLoader(pairs, batch_size=None, sampler=sampler)
-
-
-def _pairs(influences: Any, pairs: Any, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """Row and column of each influence, ``(p, 2)``, and the influences in float64, ``(p,)``."""
     values = _numbers("influences", influences).double()
+    index: Tensor | None = None
     if pairs is None:
         if values.shape != (n, m):
             raise ValueError(
                 f"influences must be of shape ({n}, {m}), sources by targets, got "
                 f"{tuple(values.shape)}; for single pairs give pairs=(p, 2) and influences (p,)"
             )
-        index = torch.cartesian_prod(torch.arange(n), torch.arange(m))
-        values = values.reshape(-1)
     else:
         index = _numbers("pairs", pairs)
         if index.dtype.is_floating_point and index.numel():
@@ -693,27 +750,48 @@ def _pairs(influences: Any, pairs: Any, n: int, m: int) -> tuple[Tensor, Tensor]
             int(index.min()) < 0 or bool((index.max(0).values >= torch.tensor([n, m])).any())
         ):
             raise ValueError(f"pairs must lie within {n} sources and {m} targets")
-    if not len(values):
+    if not values.numel():
         raise ValueError("influences: there are no pairs to learn from")
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise ValueError(
-            f"influences: {bad} of {len(values)} are NaN or infinite; leave out pairs without a "
+            f"influences: {bad} of {values.numel()} are NaN or infinite; leave out pairs without a "
             "value by giving pairs"
         )
     return index, values
 
 
-def _held_out(index: Tensor, share: float, generator: torch.Generator) -> Tensor:
+def _known(index: Tensor | None, *shape: int) -> list[Tensor]:
+    """Which sources and which targets have influences."""
+    if index is None:
+        return [torch.arange(size) for size in shape]
+    return [torch.unique(index[:, axis]) for axis in (0, 1)]
+
+
+def _held_out(
+    index: Tensor | None,
+    known: list[Tensor],
+    shape: torch.Size,
+    share: float,
+    generator: torch.Generator,
+) -> Tensor:
     """Which pairs to validate on: those of some sources or of some targets that are held out."""
-    held = torch.zeros(len(index), dtype=torch.bool)
-    for axis in (0, 1):
-        known = torch.unique(index[:, axis])
-        order = known[torch.randperm(len(known), generator=generator)]
-        if share and len(known) > 2:
-            held |= torch.isin(index[:, axis], order[: max(1, round(share * len(known)))])
+    sides = []
+    for some in known:
+        out = torch.zeros(int(some.max()) + 1, dtype=torch.bool)
+        order = some[torch.randperm(len(some), generator=generator)]
+        if share and len(some) > 2:
+            out[order[: max(1, round(share * len(some)))]] = True
+        sides.append(out)
+    rows, columns = sides
+    if index is None:
+        held = rows[:, None] | columns[None]
+    else:
+        held = rows[index[:, 0]] | columns[index[:, 1]]
     # Too few pairs to do without any, such as those of a diagonal.
-    return held if int((~held).sum()) >= max(2, len(held) // 2) else torch.zeros_like(held)
+    if int((~held).sum()) < max(2, held.numel() // 2):
+        return torch.zeros(shape, dtype=torch.bool)
+    return held
 
 
 def _column_scales(rows: Tensor) -> Tensor:
@@ -731,7 +809,8 @@ def _numbers(name: str, given: Any) -> Tensor:
     array = np.asarray(given)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{name} must be an array of numbers, got {array.dtype}")
-    return torch.from_numpy(np.array(array))
+    shared = array.flags.writeable and array.flags.c_contiguous
+    return torch.from_numpy(array if shared else np.array(array))
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

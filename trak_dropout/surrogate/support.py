@@ -50,12 +50,12 @@ class Support:
 
     def distances(self, embeddings: Tensor) -> Tensor:
         """Distance of each standardised embedding ``(n, d)`` to its nearest reference, ``(n,)``."""
-        return torch.cat(
-            [
-                torch.cdist(block, self.reference).min(1).values
-                for block in torch.split(embeddings, _BLOCK)
-            ]
-        )
+        lengths, right = self.reference.square().sum(1), self.reference.T
+        nearest = []
+        for block in torch.split(embeddings, _BLOCK):
+            least = torch.addmm(lengths, block, right, alpha=-2).amin(1)
+            nearest.append((least + block.square().sum(1)).clamp_min(0).sqrt())
+        return torch.cat(nearest)
 
     def complaint(self, name: str, embeddings: Tensor) -> str | None:
         """Say how far embeddings lie from those trained on, or None where they do not.
