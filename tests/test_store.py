@@ -49,7 +49,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 def test_manifest_says_how_the_features_came_about(stored: tuple[nn.Module, Path]) -> None:
     manifest = json.loads((stored[1] / "manifest.json").read_text())
     settings = manifest["settings"]
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert settings["scheme"] == "dropout"
     assert settings["grad_dim"] == 2410
     assert settings["parameters"][0] == ["1.weight", [32, 64]]
@@ -154,7 +154,7 @@ def test_features_without_a_manifest_are_refused(tmp_path: Path) -> None:
 
 def test_another_format_version_is_refused(stored: tuple[nn.Module, Path]) -> None:
     file = stored[1] / "manifest.json"
-    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 99'))
+    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 99'))
     for opened in (lambda: reopen(*stored), lambda: open_store(stored[1]).manifest):
         with pytest.raises(StoreMismatchError, match="format_version 99"):
             opened()

