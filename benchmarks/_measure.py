@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -170,3 +171,15 @@ class Measured:
             self.megabytes = used / 2**20 if used else None
         if self.megabytes is None and self._before is not None:
             self.megabytes = max(0.0, resident("VmHWM") - self._before)
+
+
+def spread(wall: list[float], cpu: list[float]) -> dict[str, Any]:
+    """What is reported of paired ratios, by the clock and of processor time."""
+    return {
+        "ratio": statistics.median(wall),
+        "lowest": min(wall),
+        "highest": max(wall),
+        "ratios": wall,
+        "cpu_ratio": statistics.median(cpu),
+        "cpu_ratios": cpu,
+    }

@@ -34,6 +34,7 @@ import _data
 import _models
 import pytorch_lightning as pl
 import torch
+from _measure import spread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -245,12 +246,7 @@ def measure(name: str, samples: int, rounds: int, k: int, folds: list[int]) -> l
                 "plain_seconds": statistics.median(seconds for seconds, _ in plain[1:]),
                 "collect_seconds": statistics.median(s for s, _ in collected[fold][1:]),
                 "first": collected[fold][0][0] / plain[0][0],
-                "ratio": statistics.median(wall),
-                "lowest": min(wall),
-                "highest": max(wall),
-                "ratios": wall,
-                "cpu_ratio": statistics.median(cpu),
-                "cpu_ratios": cpu,
+                **spread(wall, cpu),
                 "most": SETTINGS[name].most,
                 "peak_mb_without": without,
                 "peak_mb_with": held[fold],

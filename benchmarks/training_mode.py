@@ -25,6 +25,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from _measure import spread
 from _models import ResNet9, neox
 from featurize import cross_entropy, mlp, next_token
 from torch import Tensor, nn
@@ -203,12 +204,7 @@ def measure(setting: str, k: int, scheme: str, options: argparse.Namespace) -> d
         "k": k,
         "plain_seconds": statistics.median(seconds for seconds, _ in plain),
         "collected_seconds": statistics.median(seconds for seconds, _ in collected),
-        "ratio": statistics.median(wall),
-        "lowest": min(wall),
-        "highest": max(wall),
-        "ratios": wall,
-        "cpu_ratio": statistics.median(cpu),
-        "cpu_ratios": cpu,
+        **spread(wall, cpu),
         "epochs": len(wall),
         "batches": batches,
         "most": MOST,

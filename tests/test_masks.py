@@ -297,6 +297,8 @@ def test_dealing_by_size(groups: int, fold: int, seed: int) -> None:
     def noise(columns: np.ndarray) -> float:
         return float((np.bincount(columns, sizes) ** 2).sum())
 
+    # A change here changes masks that stores rely on.
+    assert _deal_by_size(np.array([5.0, 1, 4, 2, 3, 6]), 2).tolist() == [1, 1, 1, 0, 0, 0]
     columns = _deal_by_size(sizes, groups)
     assert np.bincount(columns).tolist() == [fold] * groups
     by_chance = [noise(random.permutation(groups * fold) // fold) for _ in range(50)]
