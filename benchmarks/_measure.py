@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import statistics
+import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +146,8 @@ def resident(field: str) -> float:
 class Measured:
     """Seconds of a block, and the megabytes that the process held at most beyond those before.
 
-    Linux; elsewhere, and where the kernel does not allow it, megabytes are None.
+    ``before`` is what it held to begin with. Linux; elsewhere, and where the kernel does not allow
+    it, megabytes are None.
     """
 
     def __enter__(self) -> Measured:
@@ -151,10 +155,10 @@ class Measured:
         self.seconds, self.megabytes = 0.0, None
         try:
             ctypes.CDLL(None).malloc_trim(0)
-            self._before: float | None = resident("VmRSS")
+            self.before: float | None = resident("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
-            self._before = None
+            self.before = None
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self._on_gpu = torch.cuda.memory_allocated()
@@ -169,8 +173,8 @@ class Measured:
         if torch.cuda.is_available():
             used = torch.cuda.max_memory_allocated() - self._on_gpu
             self.megabytes = used / 2**20 if used else None
-        if self.megabytes is None and self._before is not None:
-            self.megabytes = max(0.0, resident("VmHWM") - self._before)
+        if self.megabytes is None and self.before is not None:
+            self.megabytes = max(0.0, resident("VmHWM") - self.before)
 
 
 def spread(wall: list[float], cpu: list[float]) -> dict[str, Any]:
@@ -183,3 +187,30 @@ def spread(wall: list[float], cpu: list[float]) -> dict[str, Any]:
         "cpu_ratio": statistics.median(cpu),
         "cpu_ratios": cpu,
     }
+
+
+_KEPT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+
+def keep_freed_memory() -> None:
+    """Start the script anew with a C library that keeps freed memory, if it has not been.
+
+    glibc otherwise hands large blocks back after each batch, and which of two fits in one process
+    pays for their pages is chance: ratios between them moved by a third.
+    """
+    if any(os.environ.get(name) != value for name, value in _KEPT.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_KEPT})
+
+
+@contextmanager
+def freed_memory_given_back() -> Iterator[None]:
+    """Have processes that are started in the block hand memory back as they would by default."""
+    held = {name: os.environ.pop(name, None) for name in _KEPT}
+    try:
+        yield
+    finally:
+        os.environ.update({name: value for name, value in held.items() if value is not None})

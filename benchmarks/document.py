@@ -432,8 +432,8 @@ def collecting(found: Results) -> str:
         "from ... to": lambda r: f"{r['lowest']:.2f} ... {r['highest']:.2f}",
         "processor time": lambda r: f"{r['cpu_ratio']:.2f}",
         "asked": lambda r: f"{r['most']:.2f}",
-        "memory": lambda r: f"{r['memory_ratio']:.2f}",
-        "asked for memory": lambda r: f"{r['most_memory']:.2f}",
+        "memory": lambda r: f"{r['memory_ratio']:.2f}" if "memory_ratio" in r else "",
+        "asked for memory": lambda r: f"{r['most_memory']:.2f}" if "most_memory" in r else "",
     }
     first = found["rows"][0]
     return (

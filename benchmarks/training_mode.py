@@ -25,7 +25,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from _measure import spread
+from _measure import keep_freed_memory, spread
 from _models import ResNet9, neox
 from featurize import cross_entropy, mlp, next_token
 from torch import Tensor, nn
@@ -227,6 +227,7 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).parent / "results" / "training_mode.json"
     )
     options = parser.parse_args()
+    keep_freed_memory()
     rows = []
     print(
         f"{'setting':14} {'scheme':14} {'k':>6} {'plain s':>9} {'ratio':>7} {'from':>7} {'to':>7} "

@@ -1,12 +1,17 @@
 """Settings for all tests."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from trak_dropout.cli import main
+
+# Processes that are forked, as some tests' are, wait forever in a convolution where this asks for
+# several threads; Lightning sets it to one where it is not set.
+os.environ.pop("OMP_NUM_THREADS", None)
 
 
 @pytest.fixture(autouse=True)

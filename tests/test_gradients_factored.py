@@ -79,6 +79,10 @@ def check(
         taken, dense = projector.project(grads, 5), projector.project(expected, 5)
         bound = tolerance * float(dense.abs().max()) + 1e-12
         torch.testing.assert_close(taken, dense, rtol=0, atol=bound)
+        for streaming in (computer, FactoredGradientComputer(model, task, **options)):
+            rows = streaming.compute_into(batch, projector.shares(5, batch[0].device))
+            rows = projector.finish(rows, 5)
+            torch.testing.assert_close(rows, dense, rtol=0, atol=bound)
     return computer
 
 
@@ -792,10 +796,15 @@ SQUARES = LossOutput(lambda output, target: (output - target).square().sum())
 def follow(model: nn.Module, *batches: Any, **options: Any) -> FactoredGradientComputer:
     """Compare one batch after another, with the same computer."""
     computer = FactoredGradientComputer(model.double().eval(), SQUARES, **options)
+    streaming = FactoredGradientComputer(model, SQUARES, **options)
+    projector = td.DropoutProjector.from_model(model, 8, 1, dtype=torch.float64, fold=3)
+    shares = projector.shares(0, "cpu")
     for batch in batches:
         grads, expected = computer.compute_per_sample_grad(batch), oracle(model, SQUARES, batch)
         for name in expected:
             torch.testing.assert_close(grads[name], expected[name])
+        rows = projector.finish(streaming.compute_into(batch, shares), 0)
+        torch.testing.assert_close(rows, projector.project(expected, 0))
     return computer
 
 
@@ -858,6 +867,12 @@ def test_samples_that_change_places_later() -> None:
     follow(Net(by_length, **layers), batch(9, 8, 3, 6, 1))  # seen on the first batch
     with pytest.raises(FactorError, match="do not stay apart where inner"):
         follow(Net(by_length, **layers), batch(9, 8, 7), batch(2, 4, 3))
+    model = Net(by_length, **layers).double()
+    shares = td.DropoutProjector.from_model(model, 8, 1).shares(0, "cpu")
+    streaming = FactoredGradientComputer(model, SQUARES)
+    streaming.compute_into(batch(9, 8, 7), shares)
+    with pytest.raises(FactorError, match="do not stay apart: the output of one"):
+        streaming.compute_into(batch(2, 4, 3), shares)
     follow(Net(by_length, **layers), batch(9, 8, 7), batch(2, 4, 3), batched=False)
 
 

@@ -304,7 +304,7 @@ class DropoutProjector(AbstractProjector):
         """
         blocks = self._blocks(grads)
         model_id = check_integer("model_id", model_id)
-        if self.proj_type == "weighted_dropout" and not {model_id, None} & self._statistics.keys():
+        if not self.calibrated(model_id):
             _LOG.info(
                 "weighted_dropout was not calibrated: the %d samples of the first batch projected "
                 "calibrate it for good; call calibrate with a few hundred samples for more",
@@ -312,18 +312,41 @@ class DropoutProjector(AbstractProjector):
             )
             self.calibrate([grads], samples=1)
         self._projected.add(model_id)
-        plan = self._plan_for(model_id, tuple(name for name, _ in blocks), blocks)
         first = blocks[0][1]
+        names = tuple(name for name, _ in blocks)
+        plan = self._plan_for(
+            model_id, names, tuple(block.shape[1:] for _, block in blocks), first.device
+        )
         out = plan.zeros(len(first))
         with torch.no_grad():
-            plan.add_to(out, [block for _, block in blocks])
+            plan.add_to(out, {i: block for i, (_, block) in enumerate(blocks)})
             plan.finish(out)
+        return self.finish(out, model_id)
+
+    def finish(self, out: Tensor, model_id: int) -> Tensor:
+        """Bring rows that were added up from `shares` into the form that `project` returns.
+
+        Args:
+            out: the rows, ``(B, proj_dim)``, on the mask's scale; may be changed.
+            model_id: the checkpoint that the gradients belong to.
+
+        Returns:
+            As `project`.
+
+        Raises:
+            NonFiniteGradientError: as for `project`.
+        """
         if self.scales is not None:
             self._check_finite(out, out, model_id)
             self.scales.apply(model_id, out)
         result = out.to(device=self.device, dtype=self.dtype).contiguous()
         self._check_finite(out, result, model_id)
         return result
+
+    def calibrated(self, model_id: int) -> bool:
+        """Whether everything is there by which a checkpoint's mask is drawn."""
+        known = {model_id, None} & self._statistics.keys()
+        return self.proj_type != "weighted_dropout" or bool(known)
 
     def shares(self, model_id: int, device: str | torch.device) -> Shares:
         """Return the mask cut by parameter, for gradients that come one parameter at a time.
@@ -343,9 +366,8 @@ class DropoutProjector(AbstractProjector):
             raise ValueError("layout is unknown; use DropoutProjector.from_model")
         self._projected.add(model_id)
         shapes = tuple(torch.Size(shape) for shape in self.layout.shapes)
-        device = torch.device(device)
-        plan = Plan(self.mask(model_id), shapes, device, self._compute_dtype)
-        return Shares(self.layout.names, plan)
+        names = self.layout.names
+        return Shares(names, self._plan_for(model_id, names, shapes, torch.device(device)))
 
     def __repr__(self) -> str:
         return (
@@ -451,10 +473,12 @@ class DropoutProjector(AbstractProjector):
                 )
 
     def _plan_for(
-        self, model_id: int, names: tuple[str, ...], blocks: list[tuple[str, _Block]]
+        self,
+        model_id: int,
+        names: tuple[str, ...],
+        shapes: tuple[torch.Size, ...],
+        device: torch.device,
     ) -> Plan:
-        shapes = tuple(block.shape[1:] for _, block in blocks)
-        device = blocks[0][1].device
         key = (model_id, names, shapes, device)
         if self._plan is None or self._plan[0] != key:
             self._plan = key, Plan(self.mask(model_id), shapes, device, self._compute_dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import math
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from trak_dropout.gradients.factors import (
     FactoredGradients,
     Formed,
 )
+from trak_dropout.gradients.intake import Intake, Shares
 from trak_dropout.gradients.rules import rule_of
 from trak_dropout.gradients.taps import (
     FactorError,
@@ -42,6 +44,7 @@ _LOG = logging.getLogger(__name__)
 # Relative to the largest entry of the parameter's gradient, by the least precise type involved.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _CHECKED = 32
+_FEW = 2  # samples on which ways are found where factors are not to be held
 
 
 class FactoredGradientComputer(DenseGradientComputer):
@@ -136,9 +139,7 @@ class FactoredGradientComputer(DenseGradientComputer):
             with torch.enable_grad(), _for_gradients(self.model):
                 if samples == 0:
                     return self._gathered({}, 0)
-                # A model may use its layers otherwise for samples of another shape, and a single
-                # sample does not tell where its batch dimension is.
-                key = (samples > 1, *((part.shape[1:], part.dtype) for part in batch))
+                key = self._key(batch)
                 known = self._plans.get(key)
                 if known is not None and self.self_check and not known.checked:
                     again = self._check_again(known, batch)
@@ -158,6 +159,51 @@ class FactoredGradientComputer(DenseGradientComputer):
                 return grads
         except (torch.OutOfMemoryError, FactorError):
             raise
+        except Exception as error:
+            raise refused(self.modelout_fn, batch, error) from error
+
+    def compute_into(self, batch: Sequence[Tensor], shares: Shares) -> Tensor:
+        """Compute compressed gradients, taken as they flow back, so that no factors are held.
+
+        The first samples of a batch serve to find the ways and to compare with autograd; whether
+        samples stay apart is seen on whole batches, as by `compute_per_sample_grad`.
+
+        Args:
+            batch: as for `compute_per_sample_grad`.
+            shares: the mask, such as ``DropoutProjector.shares(model_id, device)``.
+
+        Returns:
+            ``(B, proj_dim)``, on the mask's scale; not checked for NaN and infinities.
+
+        Raises:
+            BatchError: the task cannot take the batch.
+            FactorError: as for `compute_per_sample_grad`.
+        """
+        samples = check_batch(self.modelout_fn, batch)
+        if samples <= _FEW:
+            return _taken(self.compute_per_sample_grad(batch), shares, samples)
+        key = self._key(batch)
+        known = self._plans.get(key)
+        fresh = known is None or (self.self_check and not known.checked)
+        if fresh:
+            self.compute_per_sample_grad([part[:_FEW] for part in batch])
+        known = self._plans[key]
+        self._refuse_training_statistics()
+        known.runs = 1 if fresh else known.runs + 1
+        self._given, self._outputs = batch, None
+        self._batch = [part.detach() for part in batch]
+        check = self.self_check and known.batched and known.runs & (known.runs - 1) == 0
+        try:
+            with torch.enable_grad(), _for_gradients(self.model):
+                return self._stream(known, self._batch, shares, check)
+        except torch.OutOfMemoryError:
+            raise
+        except FactorError:
+            if not fresh:
+                raise
+            # What holds for a few samples does not for all; it is found out on all of them.
+            del self._plans[key]
+            return _taken(self.compute_per_sample_grad(batch), shares, samples)
         except Exception as error:
             raise refused(self.modelout_fn, batch, error) from error
 
@@ -217,6 +263,13 @@ class FactoredGradientComputer(DenseGradientComputer):
             run += ", then each sample by itself for the exact ones"
         lines.append(run + ("" if self._plan else " (before the first batch)"))
         return "\n".join(lines)
+
+    @staticmethod
+    def _key(batch: Sequence[Tensor]) -> Any:
+        """What batches that go the same ways have in common."""
+        # A model may use its layers otherwise for samples of another shape, and a single sample
+        # does not tell where its batch dimension is.
+        return (len(batch[0]) > 1, *((part.shape[1:], part.dtype) for part in batch))
 
     def _wanted(self) -> dict[str, Tensor]:
         """Parameters that gradients are taken of, in order."""
@@ -366,7 +419,8 @@ class FactoredGradientComputer(DenseGradientComputer):
         if all(places[0] is not None for _, places in plan.places):
             return set()
         try:  # a layer whose output has no batch dimension gets one, if the model takes it
-            self._run_batched(plan, [part[:2].expand(2, *part.shape[1:]) for part in batch])
+            twice = [part[:2].expand(2, *part.shape[1:]) for part in batch]
+            self._run_batched(plan, twice, Recorder(list(self._wanted())))
         except Exception:
             return {
                 name
@@ -415,14 +469,50 @@ class FactoredGradientComputer(DenseGradientComputer):
 
     def _run(self, plan: _Plan, batch: Sequence[Tensor]) -> tuple[FactoredGradients, torch.dtype]:
         """Run forward and back."""
-        recorder, exact = (self._run_batched if plan.batched else self._run_mapped)(plan, batch)
+        recorder = Recorder(list(self._wanted()))
+        exact = (self._run_batched if plan.batched else self._run_mapped)(plan, batch, recorder)
         factors = recorder.factors
         factors.update({name: [Formed(grad)] for name, grad in exact.items()})
         return self._gathered(factors, len(batch[0])), recorder.lowest
 
-    def _run_mapped(self, plan: _Plan, batch: Sequence[Tensor]) -> tuple[Recorder, dict[str, Any]]:
+    def _stream(self, plan: _Plan, batch: Sequence[Tensor], shares: Shares, check: bool) -> Tensor:
+        """Run forward and back, taking each factor as it comes; see if samples stay apart."""
+        samples, wanted = len(batch[0]), self._wanted()
+
+        def recorder(intake: Intake) -> Recorder:
+            def take(name: str, factor: Factor) -> None:
+                intake.add(name, FactoredGradient([factor], samples, wanted[name], self.budget))
+
+            return Recorder(list(wanted), take)
+
+        intake = Intake(shares, samples)
+        run = self._run_batched if plan.batched else self._run_mapped
+        exact = run(plan, batch, recorder(intake))
+        rows = intake.finish()
+        if check:
+            weights, again = _weights_of(samples, rows.device), Intake(shares, samples)
+            self._run_batched(plan, batch, recorder(again), weights)
+            expected, found = rows * weights.unsqueeze(1).to(rows), again.finish()
+            tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
+            error, size = float((found - expected).abs().max()), float(rows.abs().max())
+            # The projector names samples with gradients that are not finite.
+            if math.isfinite(error) and not error <= tolerance * size:
+                raise FactorError(
+                    "the samples of a batch do not stay apart: the output of one depends on "
+                    "others, or they change places on the way. Batches like this one before may "
+                    "be wrong as well; use batched=False"
+                )
+        if exact:
+            formed = Intake(shares, samples)
+            for name, grad in exact.items():
+                formed.add(name, FactoredGradient([Formed(grad)], samples, wanted[name]))
+            rows += formed.finish()
+        return rows
+
+    def _run_mapped(
+        self, plan: _Plan, batch: Sequence[Tensor], recorder: Recorder
+    ) -> dict[str, Tensor]:
         """One sample's function under vmap; what is exact goes in once for each sample."""
-        recorder = Recorder(list(self._wanted()))
         held: dict[str, Any] = {}
 
         def handler(site: Site, inputs: list[Tensor], output: Tensor) -> Tensor:
@@ -446,16 +536,19 @@ class FactoredGradientComputer(DenseGradientComputer):
                 )
             recorder.recording = False
             grads = _backward(output, [*exact.values(), *recorder.leaves])
-        return recorder, dict(zip(exact, grads, strict=False))
+        return dict(zip(exact, grads, strict=False))
 
     def _run_batched(
-        self, plan: _Plan, batch: Sequence[Tensor], weights: Tensor | None = None
-    ) -> tuple[Recorder, dict[str, Any]]:
+        self,
+        plan: _Plan,
+        batch: Sequence[Tensor],
+        recorder: Recorder,
+        weights: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """The model's own forward on the batch; what is exact by one run for each sample.
 
         With weights, every sample's output is multiplied by its own, and nothing is formed.
         """
-        recorder = Recorder(list(self._wanted()))
         samples = len(batch[0])
         calls = iter(zip(plan.places, plan.leads, strict=True))
 
@@ -489,9 +582,9 @@ class FactoredGradientComputer(DenseGradientComputer):
             output = output if weights is None else output * weights.to(output)
             _backward(output, list(recorder.leaves))  # a checkpoint may add some meanwhile
         if not plan.exact or weights is not None:
-            return recorder, {}
+            return {}
         rows = [self._autograd([part[i] for part in batch], plan.exact) for i in range(samples)]
-        return recorder, {name: torch.stack([row[name] for row in rows]) for name in plan.exact}
+        return {name: torch.stack([row[name] for row in rows]) for name in plan.exact}
 
     def _autograd(self, sample: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
         """Gradients of one sample by plain autograd."""
@@ -520,9 +613,9 @@ class FactoredGradientComputer(DenseGradientComputer):
         what layers were given must stay as it was.
         """
         count = len(batch[0])
-        weights = torch.linspace(0.5, 1.5, count, device=batch[0].device)
-        weights = weights[torch.randperm(count, generator=torch.Generator().manual_seed(count))]
-        recorder, _ = self._run_batched(plan, batch, weights)
+        weights = _weights_of(count, batch[0].device)
+        recorder = Recorder(list(self._wanted()))
+        self._run_batched(plan, batch, recorder, weights)
         tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
         # Formed gradients that cancel, such as those of the bias of attention's keys, are noise.
         formed = [
@@ -558,39 +651,77 @@ class FactoredGradientComputer(DenseGradientComputer):
         plan.checked = True
         names = [name for name in self._wanted() if name not in plan.exact]
         for i in sorted({0, len(batch[0]) - 1}):
-            expected = self._autograd([part[i] for part in batch], names)
-            expected = {
-                name: grad.to_dense() if grad.is_sparse else grad
-                for name, grad in expected.items()
-                if grad.numel()
-            }
-            largest = {name: float(grad.abs().max()) for name, grad in expected.items()}
-            overall = max(largest.values(), default=0.0)
-            if not all(map(math.isfinite, largest.values())):
+            expected = self._autograd_at([part[i] for part in batch], names)
+            overall = max((largest for _, _, largest in expected.values()), default=0.0)
+            if not all(math.isfinite(largest) for _, _, largest in expected.values()):
                 plan.checked = False
                 continue
             plan.checked &= overall > 0 or not names  # zeros tell nothing
-            for name, grad in expected.items():
-                tolerance = _TOLERANCE.get(_least([grad.dtype, plan.lowest]), 0.15)
-                flat = grad.flatten()
-                few = min(_CHECKED, len(flat))
-                spread = torch.arange(few, device=flat.device) * len(flat) // few
-                which = torch.unique(torch.cat([flat.abs().topk(few).indices, spread]))
-                found = torch.zeros(len(which), dtype=torch.float64, device=flat.device)
+            for name, (which, values, largest) in expected.items():
+                dtype = self._weights[name].dtype
+                tolerance = _TOLERANCE.get(_least([dtype, plan.lowest]), 0.15)
+                found = torch.zeros_like(values)
                 factored = grads.factored[name]
-                for part, at, values in factored.take(factored.coordinates(which)):
+                for part, at, taken in factored.take(factored.coordinates(which)):
                     samples = range(len(batch[0]))[part]
                     if i in samples:
-                        found[at] += values[samples.index(i)]
-                error = float((found - flat[which]).abs().max())
-                if not error <= tolerance * (largest[name] + 1e-3 * overall):
+                        found[at] += taken[samples.index(i)]
+                error = float((found - values).abs().max())
+                if not error <= tolerance * (largest + 1e-3 * overall):
                     raise FactorError(
                         f"the gradient of {name} (sample {i} of the batch) differs from autograd's "
-                        f"by {error:.3g}, where its largest entry is {largest[name]:.3g}. Its "
+                        f"by {error:.3g}, where its largest entry is {largest:.3g}. Its "
                         "layer is not what its rule takes it for, or the output of a sample "
                         "depends on others, or the model is random in its present mode (call "
                         f"model.eval()). exact=[{name!r}] forms this gradient without a rule"
                     )
+
+    def _autograd_at(
+        self, sample: Sequence[Tensor], names: Sequence[str]
+    ) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Some coordinates of one sample's gradients by plain autograd.
+
+        Each gradient is let go as it comes: all of them together are as large as the model.
+
+        Returns:
+            By parameter: which coordinates, float64 values, and the size of the largest of all.
+        """
+        found: dict[str, tuple[Tensor, Tensor, float]] = {}
+        varied = {
+            name: self._weights[name].detach().requires_grad_()
+            for name in names
+            if self._weights[name].numel()
+        }
+
+        def look(name: str, grad: Tensor | None) -> None:
+            weight = varied[name]
+            flat = torch.zeros_like(weight) if grad is None else grad
+            flat = (flat.to_dense() if flat.is_sparse else flat).flatten()
+            largest = float(flat.abs().max())
+            if name in found:  # in parts, as where a checkpoint runs a backward of its own
+                which, values, before = found[name]
+                found[name] = which, values + flat[which], max(largest, before)
+                return
+            few = min(_CHECKED, len(flat))
+            spread = torch.arange(few, device=flat.device) * len(flat) // few
+            which = torch.unique(torch.cat([flat.abs().topk(few).indices, spread]))
+            found[name] = which, flat[which].double(), largest
+
+        def arrived(weight: Tensor, name: str) -> None:
+            grad, weight.grad = weight.grad, None
+            look(name, grad)
+
+        for name, weight in varied.items():
+            weight.register_post_accumulate_grad_hook(functools.partial(arrived, name=name))
+        with _for_gradients(self.model, varied):
+            output = self.modelout_fn.get_output(
+                self.model, {**self._weights, **varied}, self.func_buffers, *sample
+            )
+            if output.requires_grad:
+                output.sum().backward()
+        for name in varied.keys() - found.keys():
+            look(name, None)
+        return {name: found[name] for name in varied}
 
 
 class _Plan:
@@ -669,6 +800,20 @@ def _backward(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
         torch.zeros_like(value) if grad is None else grad
         for value, grad in zip(inputs, grads, strict=True)
     ]
+
+
+def _weights_of(samples: int, device: torch.device) -> Tensor:
+    """A weight of its own for each sample."""
+    weights = torch.linspace(0.5, 1.5, samples, device=device)
+    return weights[torch.randperm(samples, generator=torch.Generator().manual_seed(samples))]
+
+
+def _taken(grads: FactoredGradients, shares: Shares, samples: int) -> Tensor:
+    """Compressed gradients of factors that are held."""
+    intake = Intake(shares, samples)
+    for name, gradient in grads.factored.items():
+        intake.add(name, gradient)
+    return intake.finish()
 
 
 def _least(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trak_dropout.gradients.factors import DEFAULT_BUDGET, FactoredGradient
+from trak_dropout.gradients.intake import Intake, Shares
 from trak_dropout.gradients.rules import rule_of
 from trak_dropout.gradients.taps import FactorError, Place, Site, no_view, place_of, to_front
 
@@ -43,23 +44,6 @@ class NoRuleError(FactorError):
             "collect at checkpoints"
         )
         self.parameters = list(owners)
-
-
-class Shares(Protocol):
-    """A mask cut by parameter, such as `DropoutProjector.shares` returns."""
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The parameters of which a coordinate is kept."""
-
-    def zeros(self, samples: int) -> Tensor:
-        """Compressed gradients to begin with."""
-
-    def add(self, out: Tensor, name: str, gradient: FactoredGradient | Tensor) -> None:
-        """Add the share of a parameter."""
-
-    def finish(self, out: Tensor) -> Tensor:
-        """Apply what is left to apply."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +190,7 @@ class _Step:
     """A batch under way."""
 
     samples: int
-    out: Tensor
+    intake: Intake
     checked: bool
     calls: Counter[str] = field(default_factory=Counter)
     scale: float | Tensor | None = None  # None until the backward begins
@@ -343,7 +327,7 @@ class LiveGradients:
         self._drop()
         self._steps += 1
         checked = self._check and self._steps & (self._steps - 1) == 0
-        self._step = _Step(samples, self._shares.zeros(samples), checked)
+        self._step = _Step(samples, Intake(self._shares, samples), checked)
 
     def expect(self, scale: float | Tensor = 1.0) -> None:
         """Announce the backward of the batch; what flows back before is not taken.
@@ -385,7 +369,7 @@ class LiveGradients:
             self._compare(step)
         self._drop()
         factor = step.samples if self._reduction == "mean" else 1
-        return self._shares.finish(step.out).mul_(factor / step.scale)
+        return step.intake.finish().mul_(factor / step.scale)
 
     # What hooks do
 
@@ -441,11 +425,11 @@ class LiveGradients:
 
     def _add(self, step: _Step, name: str, gradient: FactoredGradient) -> None:
         if not step.checked:
-            self._shares.add(step.out, name, gradient)
+            step.intake.add(name, gradient)
             return
-        share = torch.zeros_like(step.out)
+        share = torch.zeros_like(step.intake.rows)
         self._shares.add(share, name, gradient)
-        step.out += share
+        step.intake.rows += share
         step.sums[name] = step.sums.get(name, 0) + share.sum(0)
         step.sizes[name] = step.sizes.get(name, 0) + share.abs().sum(0)
 
@@ -492,7 +476,7 @@ class LiveGradients:
             if not bool(torch.isfinite(expected.sum()) & torch.isfinite(found.sum())):
                 continue  # such as steps that a loss scale which is too large spoils
             size = max(float(step.sizes.get(name, zero).max()), float(expected.abs().max()))
-            lowest = _least(step.lowest, step.out.dtype, self._weights[name].dtype)
+            lowest = _least(step.lowest, step.intake.rows.dtype, self._weights[name].dtype)
             error = float((found - expected).abs().max())
             if not error <= _TOLERANCE.get(lowest, 0.1) * (size + 1e-3 * worst):
                 raise FactorError(

@@ -111,10 +111,15 @@ class Recorder:
 
     Args:
         parameters: names of the parameters that factors are collected for.
+        sink: takes each factor as it comes, with the name of its parameter; when None they are held
+            in ``factors``.
     """
 
-    def __init__(self, parameters: Sequence[str]) -> None:
+    def __init__(
+        self, parameters: Sequence[str], sink: Callable[[str, Factor], None] | None = None
+    ) -> None:
         self.factors: dict[str, list[Factor]] = {name: [] for name in parameters}
+        self.keep = sink or (lambda name, factor: self.factors[name].append(factor))
         self.leaves: list[Tensor] = []
         self.lowest = torch.float64
         self.recording = True
@@ -162,7 +167,7 @@ class Recorder:
                 raise
             held.clear()  # this hook lives as long as the graph; what factors need they hold
             for own, name in site.parameters.items():
-                self.factors[name].append(made[own])
+                self.keep(name, made[own])
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -68,25 +69,28 @@ class BlockWriter:
         Raises:
             OSError: the disk is full, or the like.
         """
-        finite = np.isfinite(rows.sum(1, dtype=np.float64))
-        # Cut as bytes, because slicing arrays takes longer than writing a row.
-        data = memoryview(np.ascontiguousarray(rows, np.float32).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-        seen, stride, offset, places = self._seen, self._stride, self._offset, []
-        for i, (index, stored) in enumerate(
-            zip(visits.index.tolist(), finite.tolist(), strict=True)
-        ):
-            row = data[i * stride : (i + 1) * stride]
-            if not stored:
-                places.append(NOT_STORED)
-            elif seen[index]:
-                places.append(self._repeats)
-                _write(self._again, row, self._repeats * stride)
-                self._repeats += 1
-            else:
-                places.append(IN_PLACE)
-                _write(self._file, row, offset + index * stride)
-                seen[index] = True
-        visits.place[:] = places
+        rows = np.ascontiguousarray(rows, np.float32)
+        stored = np.flatnonzero(np.isfinite(rows.sum(1, dtype=np.float64)))
+        index = visits.index[stored]
+        first = np.zeros(len(index), bool)
+        first[np.unique(index, return_index=True)[1]] = True
+        first &= ~self._seen[index]
+        fresh, again = stored[first], stored[~first]
+        visits.place[:] = NOT_STORED
+        visits.place[fresh] = IN_PLACE
+        visits.place[again] = self._repeats + np.arange(len(again))
+        if len(again):
+            _write(self._again, rows[again], self._repeats * self._stride)
+            self._repeats += len(again)
+        # In the file's order, so that neighbors are written together.
+        order = fresh[np.argsort(visits.index[fresh])]
+        sorted_rows, where = rows[order], visits.index[order]
+        edges = [0, *(np.flatnonzero(np.diff(where) != 1) + 1).tolist(), len(where)]
+        for begin, end in itertools.pairwise(edges):
+            if end > begin:
+                at = self._offset + int(where[begin]) * self._stride
+                _write(self._file, sorted_rows[begin:end], at)
+        self._seen[where] = True
         self._parts.append(visits)
 
     def sync(self) -> Visits:
@@ -211,7 +215,8 @@ def _same_bytes(a: Path, b: Path) -> bool:
         return not second.read(1)
 
 
-def _write(file: int, left: memoryview, offset: int) -> None:
+def _write(file: int, rows: Rows, offset: int) -> None:
+    left = rows.reshape(-1).view(np.uint8).data
     while left:
         written = os.pwrite(file, left, offset)
         left, offset = left[written:], offset + written

@@ -34,7 +34,7 @@ from trak_dropout.store import ManifestSaver
 from trak_dropout.visits import NOT_STORED, VISITS, Visits
 
 ROWS = "minus the gradient of the training loss"
-_BATCHES_HELD, _BYTES_HELD = 64, 2**24
+_BATCHES_HELD, _BYTES_HELD = 1024, 2**24
 
 Claim = Callable[[DropoutProjector, int], ManifestSaver]
 """Opens the store, in the first process, for a projector's rows of so many samples."""

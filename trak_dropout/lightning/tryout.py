@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from trak_dropout.attribution import to_device
 from trak_dropout.gradients import FactorError
-from trak_dropout.gradients.live import CallLayout, Reduction, Shares, check_samples, find_layouts
+from trak_dropout.gradients.intake import Shares
+from trak_dropout.gradients.live import CallLayout, Reduction, check_samples, find_layouts
 from trak_dropout.lightning.subject import submodule
 
 _SAMPLES = 3
