@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from trak.projectors import BasicProjector
 import trak_dropout as td
 from trak_dropout import CausalLMOutput, FactoredGradientComputer, FactorError, LossOutput
 from trak_dropout.gradients import Outer, rule
+from trak_dropout.gradients.intake import Intake
 from trak_dropout.gradients.rules import _RULES
 
 SCHEMES = ("dropout", "unit_dropout", "weighted_dropout")
@@ -524,6 +526,35 @@ def test_nothing_of_the_size_of_the_gradients_is_allocated() -> None:
     with Sizes():
         projector.project(computer.compute_per_sample_grad(batch), 0)
     assert 16 * 1500 <= Sizes.largest < 64 * 1500  # not even one weight gradient
+
+
+def test_gradients_of_the_models_own_parameters_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    penalized = LossOutput(lambda y, t: (y - t).square().sum() + model[0].weight.square().sum())
+    FactoredGradientComputer(model, penalized).compute_per_sample_grad((noise(3, 6), noise(3, 2)))
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_streamed_factors_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(8)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 2)).double()
+    batch = (noise(7, 4, 6), noise(7, 2))
+    shares = td.DropoutProjector.from_model(model, 300, 1).shares(0, "cpu")
+    computer = FactoredGradientComputer(model, SQUARES)
+    computer.compute_into(batch, shares)
+    computer.compute_into(batch, shares)  # the third is not checked
+    seen, alive, add = [], [], Intake.add
+
+    def watched(self: Intake, name: str, gradient: Any) -> None:
+        if gradient.single() is None:
+            seen.append(weakref.ref(gradient.factors[0]))
+        alive.append(sum(factor() is not None for factor in seen))
+        add(self, name, gradient)
+
+    monkeypatch.setattr(Intake, "add", watched)
+    computer.compute_into(batch, shares)
+    assert len(seen) == 16
+    assert max(alive) <= 2  # those of one layer
 
 
 # --- what must not give wrong numbers -----------------------------------------------------------

@@ -697,15 +697,10 @@ class FactoredGradientComputer(DenseGradientComputer):
             weight = varied[name]
             flat = torch.zeros_like(weight) if grad is None else grad
             flat = (flat.to_dense() if flat.is_sparse else flat).flatten()
-            largest = float(flat.abs().max())
-            if name in found:  # in parts, as where a checkpoint runs a backward of its own
-                which, values, before = found[name]
-                found[name] = which, values + flat[which], max(largest, before)
-                return
             few = min(_CHECKED, len(flat))
             spread = torch.arange(few, device=flat.device) * len(flat) // few
             which = torch.unique(torch.cat([flat.abs().topk(few).indices, spread]))
-            found[name] = which, flat[which].double(), largest
+            found[name] = which, flat[which].double(), float(flat.abs().max())
 
         def arrived(weight: Tensor, name: str) -> None:
             grad, weight.grad = weight.grad, None
@@ -717,8 +712,8 @@ class FactoredGradientComputer(DenseGradientComputer):
             output = self.modelout_fn.get_output(
                 self.model, {**self._weights, **varied}, self.func_buffers, *sample
             )
-            if output.requires_grad:
-                output.sum().backward()
+            if varied and output.requires_grad:  # nothing but these gets a gradient
+                output.sum().backward(inputs=list(varied.values()))
         for name in varied.keys() - found.keys():
             look(name, None)
         return {name: found[name] for name in varied}
