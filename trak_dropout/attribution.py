@@ -29,7 +29,7 @@ from trak_dropout.streaming import self_influence
 
 
 class Featurizer:
-    """Compressed per-sample gradients of a model, to the bit as ``TRAKer`` makes them.
+    """Compressed per-sample gradients of a model, as ``TRAKer`` makes them, up to rounding.
 
     TRAKer divides projected gradients by the root of the number of coordinates; so does this.
 
@@ -72,8 +72,14 @@ class Featurizer:
             BatchError: the task cannot take the batch.
             NonFiniteGradientError: a gradient is NaN or infinite.
         """
-        grads = self.projector.project(self._computer.compute_per_sample_grad(batch), model_id)
-        return grads.div_(self._normalize)
+        projector = self.projector
+        if projector.calibrated(model_id):
+            device = next(self._model.parameters()).device
+            rows = self._computer.compute_into(batch, projector.shares(model_id, device))
+            rows = projector.finish(rows, model_id)
+        else:  # these gradients calibrate
+            rows = projector.project(self._computer.compute_per_sample_grad(batch), model_id)
+        return rows.div_(self._normalize)
 
     def calibrate(self, batches: Iterable[Any], model_id: int | None = None) -> None:
         """Calibrate weighted dropout with the model's gradients.
