@@ -264,6 +264,14 @@ class FactoredGradientComputer(DenseGradientComputer):
         lines.append(run + ("" if self._plan else " (before the first batch)"))
         return "\n".join(lines)
 
+    def bytes_per_sample(self) -> float:
+        """Return what the gradients of a sample of the last batch take, in bytes, as factors."""
+        plan = self._plan
+        if plan is None:
+            return 0.0
+        formed = (self.func_weights[name] for name in plan.exact)
+        return sum(plan.bytes.values()) + sum(weight.nbytes for weight in formed)
+
     @staticmethod
     def _key(batch: Sequence[Tensor]) -> Any:
         """What batches that go the same ways have in common."""

@@ -109,7 +109,8 @@ class GradientCollector(pl.Callback):
             given, else ``"epoch"``.
         every_n_epochs: how often, with ``"epoch"``.
         every_n_train_steps: how often, with ``"step"``.
-        batch_size: samples in a batch while collecting; that of the training loader when None.
+        batch_size: samples in a batch while collecting. When None, that of the training loader, or
+            a multiple of it (at most 256) where the gradients of a sample take little memory.
         calibration_samples: training samples, evenly spaced, of which weighted dropout takes its
             statistics at the first collection.
         calibrate_each: take statistics of its own for every checkpoint.
@@ -269,6 +270,7 @@ class GradientCollector(pl.Callback):
         self._lock: StoreLock | None = None
         self._observer: ObservedCheckpointIO | None = None
         self._module: pl.LightningModule | None = None
+        self._at_once = 1
         self._rows: TrainingRows | None = None
         if mode == "training":
             self._rows = TrainingRows(
@@ -505,6 +507,7 @@ class GradientCollector(pl.Callback):
         resumed_from = [] if trainer.ckpt_path is None else [str(trainer.ckpt_path)]
         self._files, self._last_step = (position(trainer), resumed_from), trainer.global_step
         self._started, self.collect_seconds = time.perf_counter(), 0.0
+        self._at_once = 1
         processes = Processes(trainer)
         with processes.together():
             if self.task == OWN_LOSS:
@@ -525,11 +528,13 @@ class GradientCollector(pl.Callback):
                 batch = to_device(module, first, module.device)
                 trial.features(batch, 0)
                 trial.out_to_loss(batch)
+            if self.batch_size is None:
+                self._at_once = data.comfortable(trial.bytes_per_sample())
             weights, transient = split_state(model)
             check_storable(weights | transient)
             target_loaders(trainer, self.targets)
         processes.same("the number of training samples", data.size)
-        processes.same("batch_size", data.batch_size)
+        processes.same("batch_size", data.batch_size * self._at_once)
         if is_trial(trainer):
             return
         featurizer = self._featurizer(module, model, self.proj_type)
@@ -588,6 +593,7 @@ class GradientCollector(pl.Callback):
             self.batch_size,
             self.train_set_size,
             self.indices,
+            self._at_once,
         )
 
     def _featurizer(

@@ -25,6 +25,11 @@ from torch.utils.data import (
 
 from trak_dropout.attribution import batch_size_of, inner_sampler, sequential_loader
 
+# A larger batch costs less for each sample, until its gradients no longer fit a processor's cache.
+_MOST_SAMPLES = 256
+_MOST_BYTES = 8 << 20
+_LEAST_BATCHES = 16  # so that processes have their share, and an interruption costs little
+
 
 class TrainingData:
     """A loader's samples in the order of its data set, in batches that are always the same.
@@ -40,6 +45,7 @@ class TrainingData:
         batch_size: samples in a batch; that of the loader when None.
         size: the number of samples of an iterable data set without ``__len__``.
         indices: which samples to take, in this order; all when None.
+        at_once: how many of such batches become one, as `comfortable` says.
 
     Raises:
         MisconfigurationException: the samples have no known order or number.
@@ -52,13 +58,14 @@ class TrainingData:
         batch_size: int | None = None,
         size: int | None = None,
         indices: Sequence[int] | None = None,
+        at_once: int = 1,
     ) -> None:
         try:
             sequential_loader(loader)  # checks that it can be read in order
         except ValueError as error:
             raise MisconfigurationException(f"GradientCollector: {error}") from error
         self.loader, self.seed = loader, seed
-        self.batch_size = batch_size or batch_size_of(loader)
+        self.batch_size = (batch_size or batch_size_of(loader)) * at_once
         self.is_stream = isinstance(loader.dataset, IterableDataset)
         held = len(loader.dataset) if isinstance(loader.dataset, Sized) else size
         if held is None or (not self.is_stream and not isinstance(loader.dataset, Sized)):
@@ -76,6 +83,20 @@ class TrainingData:
         self.size = held if indices is None else len(indices)
         if self.size == 0:
             raise MisconfigurationException("GradientCollector: the training dataset is empty")
+
+    def comfortable(self, bytes_per_sample: float) -> int:
+        """Return how many of the loader's batches are best taken at once.
+
+        It depends on nothing that an interruption or another number of processes changes.
+
+        Args:
+            bytes_per_sample: what the gradients of a sample take, as factors.
+        """
+        if self.is_stream:  # workers would deal out the samples in another order
+            return 1
+        most = min(_MOST_SAMPLES, _MOST_BYTES // max(bytes_per_sample, 1.0))
+        most = min(most, self.size // _LEAST_BATCHES)
+        return max(1, int(most // self.batch_size))
 
     def unfinished(self, done: NDArray[np.bool_]) -> list[int]:
         """Return the numbers of the batches that hold a sample which is not done.
