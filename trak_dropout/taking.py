@@ -275,7 +275,7 @@ class Singles:
             if vector is not None
         ]
         ones = given[0].new_ones(len(given[0]), 1)
-        return torch.cat([values.to(dtype) for values in (ones, *given)], 1).T.contiguous()
+        return torch.cat([values.to(dtype).T for values in (ones, *given)])
 
     def _cut(self, most: int) -> list[tuple[Tensor, Tensor, Bags]]:
         """Cut into pieces of at most so many coordinates."""

@@ -45,6 +45,7 @@ _LOG = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _CHECKED = 32
 _FEW = 2  # samples on which ways are found where factors are not to be held
+_PART = 8  # of a batch one in so many is run by itself, to see that samples stay apart
 
 
 class FactoredGradientComputer(DenseGradientComputer):
@@ -485,37 +486,37 @@ class FactoredGradientComputer(DenseGradientComputer):
 
     def _stream(self, plan: _Plan, batch: Sequence[Tensor], shares: Shares, check: bool) -> Tensor:
         """Run forward and back, taking each factor as it comes; see if samples stay apart."""
-        samples, wanted = len(batch[0]), self._wanted()
-
-        def recorder(intake: Intake) -> Recorder:
-            def take(name: str, factor: Factor) -> None:
-                intake.add(name, FactoredGradient([factor], samples, wanted[name], self.budget))
-
-            return Recorder(list(wanted), take)
-
-        intake = Intake(shares, samples)
-        run = self._run_batched if plan.batched else self._run_mapped
-        exact = run(plan, batch, recorder(intake))
-        rows = intake.finish()
+        rows, exact = self._streamed(plan, batch, shares)
         if check:
-            weights, again = _weights_of(samples, rows.device), Intake(shares, samples)
-            self._run_batched(plan, batch, recorder(again), weights)
-            expected, found = rows * weights.unsqueeze(1).to(rows), again.finish()
-            tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
-            error, size = float((found - expected).abs().max()), float(rows.abs().max())
-            # The projector names samples with gradients that are not finite.
-            if math.isfinite(error) and not error <= tolerance * size:
-                raise FactorError(
-                    "the samples of a batch do not stay apart: the output of one depends on "
-                    "others, or they change places on the way. Batches like this one before may "
-                    "be wrong as well; use batched=False"
-                )
+            self._check_apart_streamed(plan, batch, shares, rows)
         if exact:
+            samples, wanted = len(batch[0]), self._wanted()
             formed = Intake(shares, samples)
             for name, grad in exact.items():
                 formed.add(name, FactoredGradient([Formed(grad)], samples, wanted[name]))
             rows += formed.finish()
         return rows
+
+    def _streamed(
+        self,
+        plan: _Plan,
+        batch: Sequence[Tensor],
+        shares: Shares,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compressed gradients without those formed, and these."""
+        samples, wanted = len(batch[0]), self._wanted()
+        intake = Intake(shares, samples)
+
+        def take(name: str, factor: Factor) -> None:
+            intake.add(name, FactoredGradient([factor], samples, wanted[name], self.budget))
+
+        recorder = Recorder(list(wanted), take)
+        if plan.batched:
+            exact = self._run_batched(plan, batch, recorder, weights)
+        else:
+            exact = self._run_mapped(plan, batch, recorder)
+        return intake.finish(), exact
 
     def _run_mapped(
         self, plan: _Plan, batch: Sequence[Tensor], recorder: Recorder
@@ -651,6 +652,41 @@ class FactoredGradientComputer(DenseGradientComputer):
                             "Batches like this one before may be wrong as well; use "
                             f"batched=False, or exact=[{name!r}]"
                         )
+
+    def _check_apart_streamed(
+        self, plan: _Plan, batch: Sequence[Tensor], shares: Shares, rows: Tensor
+    ) -> None:
+        """See whether compressed gradients of each sample depend on its own output alone.
+
+        A few samples by themselves must have the rows that they have among the others. Where they
+        do not, which rounding can bring about, weights of the whole batch's outputs decide.
+        """
+        samples = len(rows)
+        tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
+
+        def differ(found: Tensor, expected: Tensor) -> bool:
+            error, size = float((found - expected).abs().max()), float(expected.abs().max())
+            # The projector names samples with gradients that are not finite.
+            return math.isfinite(error) and not error <= tolerance * size
+
+        few = max(_FEW, -(-samples // _PART))
+        which = torch.randperm(samples, generator=torch.Generator().manual_seed(plan.runs))[:few]
+        which = which.to(rows.device)
+        some = [part[which.to(part.device)] for part in batch]
+        try:
+            found, _ = self._streamed(plan, some, shares, torch.ones(few, device=rows.device))
+            if not differ(found, rows[which]):
+                return
+        except FactorError as error:
+            _LOG.info("a part of a batch does not run like all of it: %s", error)
+        weights = _weights_of(samples, rows.device)
+        found, _ = self._streamed(plan, batch, shares, weights)
+        if differ(found, rows * weights.unsqueeze(1).to(rows)):
+            raise FactorError(
+                "the samples of a batch do not stay apart: the output of one depends on "
+                "others, or they change places on the way. Batches like this one before may "
+                "be wrong as well; use batched=False"
+            )
 
     def _check(self, plan: _Plan, batch: Sequence[Tensor], grads: FactoredGradients) -> None:
         """Compare coordinates of the first and the last sample with plain autograd."""

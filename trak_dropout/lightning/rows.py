@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from trak_dropout.rowfile import IncompleteStoreError
 from trak_dropout.store import storable
 
-_COMMIT_SECONDS = 1.0
+_COMMIT_SECONDS = 0.5
 
 
 class RowWriter:
@@ -23,7 +24,8 @@ class RowWriter:
 
     Several processes may write different rows of the same files. Plain writes instead of a memory
     map: a full disk is an error then and not a signal that kills the process, and written pages do
-    not count as its memory. A row is noted as featurized only after it has reached the disk.
+    not count as its memory. A row is noted as featurized only after it has reached the disk, which
+    is waited for in the background; what fails there is raised by the next call.
 
     Args:
         directory: the checkpoint's directory, with its files at full length.
@@ -38,6 +40,8 @@ class RowWriter:
         if len({file.rows for file in (*self._files, self._flags)}) != 1:
             raise IncompleteStoreError(f"the files in {directory} differ in their number of rows")
         self._pending: list[tuple[int, int]] = []
+        self._disk = ThreadPoolExecutor(1, "rows of a store")
+        self._committing: Future[None] | None = None
         self._committed = time.monotonic()
 
     def write(self, start: int, grads: Tensor, out_to_loss: Tensor) -> None:
@@ -57,23 +61,37 @@ class RowWriter:
             file.write(start, storable(given, file.dtype, file.path.name))
         self._pending.append((start, len(grads)))
         if time.monotonic() - self._committed > _COMMIT_SECONDS:
-            self.commit()
+            self._begin_commit()
 
     def commit(self) -> None:
         """Bring what was written to disk, and note its rows as featurized."""
-        if self._pending:
-            for file in self._files:
-                file.sync()
-            for start, count in self._pending:
-                self._flags.write(start, np.ones(count, self._flags.dtype))
-            self._flags.sync()
-        self._pending = []
-        self._committed = time.monotonic()
+        self._begin_commit()
+        self._end_commit()
 
     def close(self) -> None:
         """Close the files."""
+        self._disk.shutdown()
         for file in (*self._files, self._flags):
             file.close()
+
+    def _begin_commit(self) -> None:
+        self._end_commit()
+        pending, self._pending = self._pending, []
+        if pending:
+            self._committing = self._disk.submit(self._note, pending)
+
+    def _end_commit(self) -> None:
+        committing, self._committing = self._committing, None
+        if committing is not None:
+            committing.result()
+        self._committed = time.monotonic()
+
+    def _note(self, rows: list[tuple[int, int]]) -> None:
+        for file in self._files:
+            file.sync()
+        for start, count in rows:
+            self._flags.write(start, np.ones(count, self._flags.dtype))
+        self._flags.sync()
 
 
 @contextmanager
