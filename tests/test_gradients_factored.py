@@ -907,6 +907,30 @@ def test_samples_that_change_places_later() -> None:
     follow(Net(by_length, **layers), batch(9, 8, 7), batch(2, 4, 3), batched=False)
 
 
+def test_samples_that_meet_at_other_weights_only() -> None:
+    torch.manual_seed(0)
+
+    def meeting(net: Any, x: Tensor) -> Tensor:
+        hidden = net.inner(x)
+        if len(x) > 3:  # more than are compared with autograd
+            hidden = hidden + net.out.bias[0].relu() * hidden.mean(0)
+        return net.out(hidden.tanh())
+
+    model = Net(meeting, inner=nn.Linear(3, 4), out=nn.Linear(4, 2)).double().eval()
+    batch, names = (noise(9, 3), noise(9, 2)), ["inner.weight", "inner.bias"]
+    shares = td.DropoutProjector.from_model(model, 10, 1, grad_wrt=names).shares(0, "cpu")
+    nn.init.constant_(model.out.bias, -1.0)
+    computer = FactoredGradientComputer(model, SQUARES, grad_wrt=names)
+    for _ in range(2):  # the third is checked for the sake of its weights only
+        computer.compute_into(batch, shares)
+    nn.init.constant_(model.out.bias, 1.0)
+    computer.load_model_params(model)
+    by_one = FactoredGradientComputer(model, SQUARES, grad_wrt=names, batched=False)
+    torch.testing.assert_close(
+        computer.compute_into(batch, shares), by_one.compute_into(batch, shares)
+    )
+
+
 def test_zero_gradients_and_other_models_are_checked_again() -> None:
     torch.manual_seed(0)
 

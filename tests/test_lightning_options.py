@@ -30,6 +30,46 @@ def steps(collector: GradientCollector) -> list[int]:
     return [collector.store.describe(m)["global_step"] for m in collector.model_ids]
 
 
+# --- how ------------------------------------------------------------------------------------------
+
+
+class Counted(pl.Callback):
+    """Notes how many samples come at once while gradients are collected."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        original = pl_module.on_after_batch_transfer
+
+        def hook(batch: Any, dataloader_idx: int) -> Any:
+            if not pl_module.training:
+                self.seen.append(len(batch[0]))
+            return original(batch, dataloader_idx)
+
+        pl_module.on_after_batch_transfer = hook  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "given", "expected"),
+    [(32, None, [60] * 16 + [20]), (32, 20, [20] * 49), (40_000, None, [20] * 49)],
+)
+def test_small_samples_are_taken_more_at_once(
+    tmp_path: Path, hidden: int, given: int | None, expected: list[int]
+) -> None:
+    def run(name: str, batch_size: int | None, **options: Any) -> GradientCollector:
+        torch.manual_seed(0)
+        data, module = loader(train_set(980), batch_size=20), net(Classifier, mlp(hidden))
+        options = {"max_epochs": 1, "limit_train_batches": 1, **options}
+        return fit(tmp_path / name, module, data, batch_size=batch_size, **options)[0]
+
+    counted = Counted()
+    collector = run("s", given, callbacks=[counted])
+    assert counted.seen[1:] == expected  # the first batch is tried when training starts
+    by_loader = run("by_loader", 20).store.grads(0)
+    np.testing.assert_allclose(collector.store.grads(0), by_loader, rtol=1e-4, atol=1e-5)
+
+
 # --- when -----------------------------------------------------------------------------------------
 
 

@@ -77,7 +77,8 @@ class FactoredGradientComputer(DenseGradientComputer):
             for the others, and nothing flows back further than needed.
         self_check: compare some coordinates with autograd, and see that the samples of a batch stay
             apart: on the first batch, on the first with samples of another shape or with other
-            weights, and on the second, fourth, eighth ... batch of each shape.
+            weights (in `compute_into` on an eighth of it then), and on the second, fourth, eighth
+            ... batch of each shape.
         exact: names of parameters to be formed exactly whatever rules there are.
         batched: whether to run whole batches where the task allows it.
         budget: bytes that taking coordinates may use for intermediate values at a time.
@@ -185,18 +186,26 @@ class FactoredGradientComputer(DenseGradientComputer):
             return _taken(self.compute_per_sample_grad(batch), shares, samples)
         key = self._key(batch)
         known = self._plans.get(key)
-        fresh = known is None or (self.self_check and not known.checked)
+        other = known is not None and self.self_check and not known.checked
+        fresh = known is None or other  # also where what held for other weights does no longer
         if fresh:
             self.compute_per_sample_grad([part[:_FEW] for part in batch])
+        new = known is not self._plans[key]
         known = self._plans[key]
         self._refuse_training_statistics()
-        known.runs = 1 if fresh else known.runs + 1
+        if not fresh:
+            known.runs += 1
         self._given, self._outputs = batch, None
         self._batch = [part.detach() for part in batch]
-        check = self.self_check and known.batched and known.runs & (known.runs - 1) == 0
         try:
             with torch.enable_grad(), _for_gradients(self.model):
-                return self._stream(known, self._batch, shares, check)
+                rows, exact = self._streamed(known, self._batch, shares)
+                if self.self_check and known.batched:
+                    if fresh and not new:
+                        self._check_alone(known, self._batch, shares, rows)
+                    elif known.runs & (known.runs - 1) == 0:
+                        self._check_weighted(known, self._batch, shares, rows)
+                return self._with_formed(rows, exact, shares)
         except torch.OutOfMemoryError:
             raise
         except FactorError:
@@ -484,13 +493,10 @@ class FactoredGradientComputer(DenseGradientComputer):
         factors.update({name: [Formed(grad)] for name, grad in exact.items()})
         return self._gathered(factors, len(batch[0])), recorder.lowest
 
-    def _stream(self, plan: _Plan, batch: Sequence[Tensor], shares: Shares, check: bool) -> Tensor:
-        """Run forward and back, taking each factor as it comes; see if samples stay apart."""
-        rows, exact = self._streamed(plan, batch, shares)
-        if check:
-            self._check_apart_streamed(plan, batch, shares, rows)
+    def _with_formed(self, rows: Tensor, exact: Mapping[str, Tensor], shares: Shares) -> Tensor:
+        """Add the shares of gradients that are formed."""
         if exact:
-            samples, wanted = len(batch[0]), self._wanted()
+            samples, wanted = len(rows), self._wanted()
             formed = Intake(shares, samples)
             for name, grad in exact.items():
                 formed.add(name, FactoredGradient([Formed(grad)], samples, wanted[name]))
@@ -653,40 +659,37 @@ class FactoredGradientComputer(DenseGradientComputer):
                             f"batched=False, or exact=[{name!r}]"
                         )
 
-    def _check_apart_streamed(
+    def _check_weighted(
         self, plan: _Plan, batch: Sequence[Tensor], shares: Shares, rows: Tensor
     ) -> None:
-        """See whether compressed gradients of each sample depend on its own output alone.
-
-        A few samples by themselves must have the rows that they have among the others. Where they
-        do not, which rounding can bring about, weights of the whole batch's outputs decide.
-        """
-        samples = len(rows)
-        tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
-
-        def differ(found: Tensor, expected: Tensor) -> bool:
-            error, size = float((found - expected).abs().max()), float(expected.abs().max())
-            # The projector names samples with gradients that are not finite.
-            return math.isfinite(error) and not error <= tolerance * size
-
-        few = max(_FEW, -(-samples // _PART))
-        which = torch.randperm(samples, generator=torch.Generator().manual_seed(plan.runs))[:few]
-        which = which.to(rows.device)
-        some = [part[which.to(part.device)] for part in batch]
-        try:
-            found, _ = self._streamed(plan, some, shares, torch.ones(few, device=rows.device))
-            if not differ(found, rows[which]):
-                return
-        except FactorError as error:
-            _LOG.info("a part of a batch does not run like all of it: %s", error)
-        weights = _weights_of(samples, rows.device)
+        """`_check_apart` for compressed gradients."""
+        weights = _weights_of(len(rows), rows.device)
         found, _ = self._streamed(plan, batch, shares, weights)
-        if differ(found, rows * weights.unsqueeze(1).to(rows)):
+        if _differ(plan, found, rows * weights.unsqueeze(1).to(rows)):
             raise FactorError(
                 "the samples of a batch do not stay apart: the output of one depends on "
                 "others, or they change places on the way. Batches like this one before may "
                 "be wrong as well; use batched=False"
             )
+
+    def _check_alone(
+        self, plan: _Plan, batch: Sequence[Tensor], shares: Shares, rows: Tensor
+    ) -> None:
+        """See for other weights if a part of the batch has the same compressed gradients alone.
+
+        Where it does not, which rounding can bring about, `_check_weighted` decides.
+        """
+        few = max(_FEW, -(-len(rows) // _PART))
+        which = torch.randperm(len(rows), generator=torch.Generator().manual_seed(plan.runs))[:few]
+        some = [part[which.to(part.device)] for part in batch]
+        unweighted = torch.ones(few, device=rows.device)
+        try:
+            found, _ = self._streamed(plan, some, shares, unweighted)
+            if not _differ(plan, found, rows[which.to(rows.device)]):
+                return
+        except FactorError as error:
+            _LOG.info("a part of a batch does not run like all of it: %s", error)
+        self._check_weighted(plan, batch, shares, rows)
 
     def _check(self, plan: _Plan, batch: Sequence[Tensor], grads: FactoredGradients) -> None:
         """Compare coordinates of the first and the last sample with plain autograd."""
@@ -845,6 +848,14 @@ def _weights_of(samples: int, device: torch.device) -> Tensor:
     """A weight of its own for each sample."""
     weights = torch.linspace(0.5, 1.5, samples, device=device)
     return weights[torch.randperm(samples, generator=torch.Generator().manual_seed(samples))]
+
+
+def _differ(plan: _Plan, found: Tensor, expected: Tensor) -> bool:
+    """Whether compressed gradients differ by more than rounding."""
+    tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
+    error, size = float((found - expected).abs().max()), float(expected.abs().max())
+    # The projector names samples with gradients that are not finite.
+    return math.isfinite(error) and not error <= tolerance * size
 
 
 def _taken(grads: FactoredGradients, shares: Shares, samples: int) -> Tensor:
