@@ -81,9 +81,9 @@ class Featurizer:
             rows = projector.project(self._computer.compute_per_sample_grad(batch), model_id)
         return rows.div_(self._normalize)
 
-    def bytes_per_sample(self) -> float:
-        """Return what the gradients of a sample of the last batch take, in bytes, as factors."""
-        return self._computer.bytes_per_sample()
+    def bytes_per_sample(self, batch: Sequence[Tensor]) -> float:
+        """Return what a sample of the last batch takes; see `FactoredGradientComputer`."""
+        return self._computer.bytes_per_sample(batch)
 
     def calibrate(self, batches: Iterable[Any], model_id: int | None = None) -> None:
         """Calibrate weighted dropout with the model's gradients.

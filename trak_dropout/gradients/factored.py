@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from trak.modelout_functions import AbstractModelOutput
 
 from trak_dropout.gradients.dense import DenseGradientComputer, check_batch, refused
@@ -274,13 +275,34 @@ class FactoredGradientComputer(DenseGradientComputer):
         lines.append(run + ("" if self._plan else " (before the first batch)"))
         return "\n".join(lines)
 
-    def bytes_per_sample(self) -> float:
-        """Return what the gradients of a sample of the last batch take, in bytes, as factors."""
+    def bytes_per_sample(self, batch: Sequence[Tensor]) -> float:
+        """Return the size of what a model's layers return for a sample, in bytes.
+
+        It bounds what a larger batch takes, also where gradients of a few layers are asked for.
+
+        Args:
+            batch: a batch whose gradients were computed last.
+
+        Returns:
+            The size; infinite where samples are run by themselves.
+        """
         plan = self._plan
-        if plan is None:
-            return 0.0
-        formed = (self.func_weights[name] for name in plan.exact)
-        return sum(plan.bytes.values()) + sum(weight.nbytes for weight in formed)
+        if plan is None or not plan.batched or plan.exact:
+            return math.inf
+        some, found = [part[:_FEW] for part in batch], 0
+
+        def count(_: nn.Module, __: Any, output: Any) -> None:
+            nonlocal found
+            found += sum(value.nbytes for value in tree_leaves(output) if isinstance(value, Tensor))
+
+        handles = [module.register_forward_hook(count) for module in self.model.modules()]
+        try:
+            with torch.no_grad():
+                self._batch_output(some)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found / len(some[0])
 
     @staticmethod
     def _key(batch: Sequence[Tensor]) -> Any:

@@ -110,7 +110,7 @@ class GradientCollector(pl.Callback):
         every_n_epochs: how often, with ``"epoch"``.
         every_n_train_steps: how often, with ``"step"``.
         batch_size: samples in a batch while collecting. When None, that of the training loader, or
-            a multiple of it (at most 256) where the gradients of a sample take little memory.
+            a multiple of it (at most 256) where what layers return for a sample is small.
         calibration_samples: training samples, evenly spaced, of which weighted dropout takes its
             statistics at the first collection.
         calibrate_each: take statistics of its own for every checkpoint.
@@ -528,8 +528,8 @@ class GradientCollector(pl.Callback):
                 batch = to_device(module, first, module.device)
                 trial.features(batch, 0)
                 trial.out_to_loss(batch)
-            if self.batch_size is None:
-                self._at_once = data.comfortable(trial.bytes_per_sample())
+                if self.batch_size is None:
+                    self._at_once = data.comfortable(trial.bytes_per_sample(batch))
             weights, transient = split_state(model)
             check_storable(weights | transient)
             target_loaders(trainer, self.targets)

@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 from trak_dropout.attribution import batch_size_of, inner_sampler, sequential_loader
 
-# A larger batch costs less for each sample, until its gradients no longer fit a processor's cache.
+# A larger batch costs less for each sample, until it no longer fits a processor's cache.
 _MOST_SAMPLES = 256
 _MOST_BYTES = 8 << 20
 _LEAST_BATCHES = 16  # so that processes have their share, and an interruption costs little
@@ -90,7 +90,7 @@ class TrainingData:
         It depends on nothing that an interruption or another number of processes changes.
 
         Args:
-            bytes_per_sample: what the gradients of a sample take, as factors.
+            bytes_per_sample: what layers return for a sample.
         """
         if self.is_stream:  # workers would deal out the samples in another order
             return 1
