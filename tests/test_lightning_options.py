@@ -64,7 +64,7 @@ def test_small_samples_are_taken_more_at_once(
         torch.manual_seed(0)
         data, module = loader(train_set(980), batch_size=20), net(Classifier, mlp(hidden))
         options = {"max_epochs": 1, "limit_train_batches": 1, **options}
-        options |= {"batch_size": batch_size, "grad_wrt": names}
+        options |= {"batch_size": batch_size, "grad_wrt": names, "proj_dim": 10}
         return fit(tmp_path / name, module, data, **options)[0]
 
     counted = Counted()
