@@ -70,7 +70,7 @@ SETTINGS: dict[str, Any] = {
     "resnet9": (ResNet9, cross_entropy, lambda n: images(32 * n, 3, 32), 32),
     "gpt-neox-10m": (neox(320, 8, 8, 512), next_token, lambda n: sentences(16 * n, 64, 512), 16),
 }
-BATCHES = {"mlp": 200, "resnet9": 10, "gpt-neox-10m": 10}
+BATCHES = {"mlp": 200, "resnet9": 40, "gpt-neox-10m": 40}
 MOST = 1.05  # what an epoch may take with the collector
 TURNS = 20  # of a fit in an epoch, at most
 
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--k", nargs="+", type=int, default=[256, 1024])
     parser.add_argument("--schemes", nargs="+", default=["dropout"])
-    parser.add_argument("--epochs", type=int, default=9, help="pairs that count")
+    parser.add_argument("--epochs", type=int, default=5, help="pairs that count")
     parser.add_argument("--batches", type=int, help="in an epoch, when not the default")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="32-true")
