@@ -3,9 +3,10 @@
 An MLP and ResNet-9 on Fashion-MNIST and a GPT-NeoX language model on source code are trained by a
 Trainer, for a few steps at a time. After them, in turn, it (a) runs forward and backward over the
 data as training steps do, without the optimizer, and (b) collects, for each fold: a pass over the
-same data, in batches of the collector's choice, that writes compressed gradients and weights. Ratios are medians over
-rounds, by the clock and by the process's processor time. Memory is the peak of what a training
-process holds, with the collector (at the default fold) and without, each in a process of its own.
+same data, in batches of the collector's choice, that writes compressed gradients and weights.
+Ratios are medians over rounds, by the clock and by the process's processor time. Memory is the peak
+of what a training process holds, with the collector (at the default fold) and without, each in a
+process of its own.
 
     python benchmarks/callback.py            # about ten minutes on 2 cores
     python benchmarks/callback.py --quick    # the MLP, few samples

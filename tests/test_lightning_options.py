@@ -1,5 +1,8 @@
 """GradientCollector: when it collects, over what, of which part of the module, and for whom."""
 
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_lightning import fit
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from trak_dropout import BatchError, LossOutput, open_store, top_influences
+from trak_dropout.attribution import Featurizer
 from trak_dropout.lightning import GradientCollector
+from trak_dropout.lightning import rows as rows_of_a_store
 from trak_dropout.store import Store
 
 
@@ -33,29 +38,16 @@ def steps(collector: GradientCollector) -> list[int]:
 # --- how ------------------------------------------------------------------------------------------
 
 
-class Counted(pl.Callback):
-    """Notes how many samples come at once while gradients are collected."""
-
-    def __init__(self) -> None:
-        self.seen: list[int] = []
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        original = pl_module.on_after_batch_transfer
-
-        def hook(batch: Any, dataloader_idx: int) -> Any:
-            if not pl_module.training:
-                self.seen.append(len(batch[0]))
-            return original(batch, dataloader_idx)
-
-        pl_module.on_after_batch_transfer = hook  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize(
     ("hidden", "given", "expected"),
     [(32, None, [60] * 16 + [20]), (32, 20, [20] * 49), (40_000, None, [20] * 49)],
 )
 def test_small_samples_are_taken_more_at_once(
-    tmp_path: Path, hidden: int, given: int | None, expected: list[int]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hidden: int,
+    given: int | None,
+    expected: list[int],
 ) -> None:
     # The wide layer counts although nothing is collected of it.
     names = "net.3.bias" if hidden > 32 else None
@@ -67,11 +59,87 @@ def test_small_samples_are_taken_more_at_once(
         options |= {"batch_size": batch_size, "grad_wrt": names, "proj_dim": 10}
         return fit(tmp_path / name, module, data, **options)[0]
 
-    counted = Counted()
-    collector = run("s", given, callbacks=[counted])
-    assert counted.seen[1:] == expected  # the first batch is tried when training starts
+    seen, features = [], Featurizer.features
+
+    def counted(self: Featurizer, batch: Any, model_id: int) -> torch.Tensor:
+        seen.append(len(batch[0]))
+        return features(self, batch, model_id)
+
+    monkeypatch.setattr(Featurizer, "features", counted)
+    collector = run("s", given)
+    assert seen[1:] == expected  # the first batch is tried when training starts
     by_loader = run("by_loader", 20).store.grads(0)
     np.testing.assert_allclose(collector.store.grads(0), by_loader, rtol=1e-4, atol=1e-5)
+
+
+class Varied(Dataset):
+    """Images of varied size, with noise that starts anew for each batch."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        height = 8 + indices[0] // 6 % 2
+        return [(torch.randn(1, height, 8), index % 3) for index in indices]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+
+class Energy(nn.Module):
+    """Asks for a gradient in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.inner(images).sum(), images)
+        return self.head(slope.mean((1, 2)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: nn.Sequential(Energy().inner, nn.Flatten(), nn.Linear(4, 3)), None),
+        (Energy, ["net.head.weight", "net.head.bias"]),
+    ],
+)
+def test_joining_batches_changes_no_sample(
+    tmp_path: Path, batch_size: int, build: Any, names: list[str] | None
+) -> None:
+    def rows(given: int | None) -> Any:
+        torch.manual_seed(0)
+        data = DataLoader(Varied(), batch_size)
+        options = {"max_epochs": 1, "limit_train_batches": 1, "proj_dim": 9, "grad_wrt": names}
+        folder = tmp_path / str(given)
+        return fit(folder, net(Classifier, build()), data, batch_size=given, **options)[0]
+
+    joined, alone = rows(None).store, rows(batch_size).store
+    np.testing.assert_allclose(joined.grads(0), alone.grads(0), rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_failed_sync_may_have_lost_is_not_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, sync = [], os.fsync
+
+    def failing(file: int) -> None:
+        calls.append(threading.current_thread() is threading.main_thread())
+        if not calls[-1] and calls.count(False) == 1:
+            time.sleep(0.2)
+            raise OSError(5, "no disk")
+        sync(file)
+
+    monkeypatch.setattr(rows_of_a_store, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="no disk"):
+        fit(tmp_path / "s", data=loader(train_set(), batch_size=5), batch_size=5, max_epochs=1)
+    assert False in calls
+    assert not np.load(tmp_path / "s" / "0" / "_is_featurized.mmap").any()
 
 
 # --- when -----------------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ class FactoredGradientComputer(DenseGradientComputer):
         return "\n".join(lines)
 
     def bytes_per_sample(self, batch: Sequence[Tensor]) -> float:
-        """Return the size of what a model's layers return for a sample, in bytes.
+        """Return the size of a sample and of what a model's layers return for it, in bytes.
 
         It bounds what a larger batch takes, also where gradients of a few layers are asked for.
 
@@ -284,21 +284,27 @@ class FactoredGradientComputer(DenseGradientComputer):
             batch: a batch whose gradients were computed last.
 
         Returns:
-            The size; infinite where samples are run by themselves.
+            The size; infinite where it is unknown, or samples are run by themselves.
         """
         plan = self._plan
         if plan is None or not plan.batched or plan.exact:
             return math.inf
-        some, found = [part[:_FEW] for part in batch], 0
+        some = [part[:_FEW] for part in batch]
+        found = sum(part.nbytes for part in some)
 
         def count(_: nn.Module, __: Any, output: Any) -> None:
             nonlocal found
             found += sum(value.nbytes for value in tree_leaves(output) if isinstance(value, Tensor))
 
-        handles = [module.register_forward_hook(count) for module in self.model.modules()]
+        handles = []
         try:
-            with torch.no_grad():
+            for module in self.model.modules():
+                handles.append(module.register_forward_hook(count))
+            with torch.enable_grad(), _for_gradients(self.model):
                 self._batch_output(some)
+        except Exception as error:  # of what a hook cannot be put on or see through
+            _LOG.info("unknown what a sample takes: %s", error)
+            return math.inf
         finally:
             for handle in handles:
                 handle.remove()

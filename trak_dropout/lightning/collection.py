@@ -218,9 +218,8 @@ class Collection:
             with self._processes.together():
                 self._share_statistics()
                 self._fix_scale(model_id, factor)
-                share = np.array_split(np.array(batches, int), self._processes.count)
+                mine = data.shares(batches, self._processes.count)[self._processes.rank]
                 with row_writer(self._root / str(model_id)) as writer:
-                    mine = share[self._processes.rank].tolist()
                     needed = self._featurize(module, data, model_id, mine, writer, progress)
             too_large = self._processes.least(needed)
             if too_large is None:
@@ -246,9 +245,10 @@ class Collection:
     ) -> float | None:
         """Write rows; returns the factor that float16 needs, where the one it has is too large."""
         done = 0
-        for number, raw in data.read(batches):
-            rows = data.rows(number)
-            batch = to_device(module, raw, module.device)
+        read = data.read(batches)
+        prepared = ((number, to_device(module, raw, module.device)) for number, raw in read)
+        for numbers, batch in data.joined(prepared):
+            rows = range(data.rows(numbers[0]).start, data.rows(numbers[-1]).stop)
             try:
                 grads = self._featurizer.features(batch, model_id)
                 out_to_loss = self._featurizer.out_to_loss(batch)
@@ -261,13 +261,13 @@ class Collection:
                 ) from error
             if len(grads) != len(rows):
                 raise BatchError(
-                    f"batch {number} of the training data holds {len(grads)} samples instead of "
-                    f"{len(rows)}, so rows would not belong to samples: collate_fn must neither "
+                    f"batch {numbers[0]} of the training data holds {len(grads)} samples instead "
+                    f"of {len(rows)}, so rows would not belong to samples: collate_fn must neither "
                     "drop nor add samples, and a dataset must have the length that it states"
                 )
             writer.write(rows.start, grads, out_to_loss)
             progress(len(rows))
-            done += 1
+            done += len(numbers)
         if done != len(batches):
             raise BatchError(
                 f"the training data ended after {done} of {len(batches)} batches; a dataset must "

@@ -109,8 +109,8 @@ class GradientCollector(pl.Callback):
             given, else ``"epoch"``.
         every_n_epochs: how often, with ``"epoch"``.
         every_n_train_steps: how often, with ``"step"``.
-        batch_size: samples in a batch while collecting. When None, that of the training loader, or
-            a multiple of it (at most 256) where what layers return for a sample is small.
+        batch_size: samples in a batch while collecting. When None, that of the training loader,
+            several of whose batches are joined (to at most 256 samples) where samples are small.
         calibration_samples: training samples, evenly spaced, of which weighted dropout takes its
             statistics at the first collection.
         calibrate_each: take statistics of its own for every checkpoint.
@@ -534,7 +534,7 @@ class GradientCollector(pl.Callback):
             check_storable(weights | transient)
             target_loaders(trainer, self.targets)
         processes.same("the number of training samples", data.size)
-        processes.same("batch_size", data.batch_size * self._at_once)
+        processes.same("batch_size", data.batch_size)
         if is_trial(trainer):
             return
         featurizer = self._featurizer(module, model, self.proj_type)
@@ -547,6 +547,17 @@ class GradientCollector(pl.Callback):
             return self._run
 
         self._run = processes.agree(claim)
+
+        def at_once() -> int:
+            assert saver is not None
+            # A run that is resumed goes on as it began: what layers return may have changed.
+            known = saver.manifest["run"].get("batches_at_once")
+            if known is None:
+                saver.describe_run(batches_at_once=self._at_once)
+            return self._at_once if known is None else int(known)
+
+        if self.batch_size is None:
+            self._at_once = processes.agree(at_once)
         self._collection = Collection(
             self.save_dir,
             featurizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
 )
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -45,7 +46,7 @@ class TrainingData:
         batch_size: samples in a batch; that of the loader when None.
         size: the number of samples of an iterable data set without ``__len__``.
         indices: which samples to take, in this order; all when None.
-        at_once: how many of such batches become one, as `comfortable` says.
+        at_once: how many of such batches may be joined, as `comfortable` says.
 
     Raises:
         MisconfigurationException: the samples have no known order or number.
@@ -65,7 +66,8 @@ class TrainingData:
         except ValueError as error:
             raise MisconfigurationException(f"GradientCollector: {error}") from error
         self.loader, self.seed = loader, seed
-        self.batch_size = (batch_size or batch_size_of(loader)) * at_once
+        self.batch_size = batch_size or batch_size_of(loader)
+        self.at_once = max(1, min(at_once, _MOST_SAMPLES // self.batch_size))
         self.is_stream = isinstance(loader.dataset, IterableDataset)
         held = len(loader.dataset) if isinstance(loader.dataset, Sized) else size
         if held is None or (not self.is_stream and not isinstance(loader.dataset, Sized)):
@@ -87,25 +89,80 @@ class TrainingData:
     def comfortable(self, bytes_per_sample: float) -> int:
         """Return how many of the loader's batches are best taken at once.
 
-        It depends on nothing that an interruption or another number of processes changes.
-
         Args:
-            bytes_per_sample: what layers return for a sample.
+            bytes_per_sample: of a sample, and of what layers return for it.
         """
-        if self.is_stream:  # workers would deal out the samples in another order
+        if self.is_stream:
             return 1
         most = min(_MOST_SAMPLES, _MOST_BYTES // max(bytes_per_sample, 1.0))
         most = min(most, self.size // _LEAST_BATCHES)
         return max(1, int(most // self.batch_size))
 
     def unfinished(self, done: NDArray[np.bool_]) -> list[int]:
-        """Return the numbers of the batches that hold a sample which is not done.
+        """Return the numbers of the batches that are to be read.
+
+        That is all that may be joined with one that holds a sample which is not done, so that a row
+        is the same to the bit wherever a pass begins.
 
         Args:
             done: which samples are, ``(size,)``.
         """
-        starts = np.arange(0, self.size, self.batch_size)
-        return np.flatnonzero(np.logical_and.reduceat(done, starts) == 0).tolist()
+        starts = np.arange(0, self.size, self.batch_size * self.at_once)
+        return self._members(np.flatnonzero(np.logical_and.reduceat(done, starts) == 0))
+
+    def shares(self, batches: Sequence[int], count: int) -> list[list[int]]:
+        """Divide batches among processes; those that may be joined stay together.
+
+        Args:
+            batches: their numbers, as `unfinished` returns them.
+            count: of processes.
+        """
+        groups = sorted({number // self.at_once for number in batches})
+        return [self._members(part) for part in np.array_split(np.array(groups, int), count)]
+
+    def _members(self, groups: NDArray[np.int_]) -> list[int]:
+        """The batches of groups that may be joined."""
+        total = -(-self.size // self.batch_size)
+        spans = (range(g * self.at_once, (g + 1) * self.at_once) for g in groups.tolist())
+        return [number for span in spans for number in span if number < total]
+
+    def joined(self, batches: Iterable[tuple[int, Any]]) -> Iterator[tuple[list[int], Any]]:
+        """Join neighboring batches of tensors that are alike in all but their samples.
+
+        Each has been collated and prepared by itself, so that a sample is what it is without this.
+
+        Args:
+            batches: numbers, and what they hold.
+
+        Yields:
+            Numbers, and what these batches hold together.
+        """
+        waiting: list[tuple[int, Any]] = []
+        for number, batch in batches:
+            if waiting and not self._alike(waiting[0], (number, batch)):
+                yield _together(waiting)
+                waiting = []
+            waiting.append((number, batch))
+            # Not only when the next one is there: it may be read with other random states.
+            if (number + 1) % self.at_once == 0:
+                yield _together(waiting)
+                waiting = []
+        if waiting:
+            yield _together(waiting)
+
+    def _alike(self, first: tuple[int, Any], second: tuple[int, Any]) -> bool:
+        """Whether two batches can be joined."""
+        (number, batch), (other, parts) = first, second
+        if not all(isinstance(given, list | tuple) for given in (batch, parts)):
+            return False
+        return len(batch) == len(parts) and all(
+            type(a) is type(b) is Tensor
+            and a.layout == b.layout == torch.strided
+            and a.ndim > 0 < b.ndim
+            and (a.shape[1:], a.dtype, a.device) == (b.shape[1:], b.dtype, b.device)
+            and (len(a), len(b)) == (len(self.rows(number)), len(self.rows(other)))
+            for a, b in zip(batch, parts, strict=True)
+        )
 
     def read(self, batches: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
         """Read batches as the loader's collation makes them.
@@ -232,6 +289,13 @@ def set_random_states(seed: int, number: int) -> None:
     torch.default_generator.manual_seed(mixed % 2**63)  # torch.manual_seed queues calls for CUDA
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(mixed % 2**63)
+
+
+def _together(batches: list[tuple[int, Any]]) -> tuple[list[int], Any]:
+    numbers, held = [number for number, _ in batches], [batch for _, batch in batches]
+    if len(held) == 1:
+        return numbers, held[0]
+    return numbers, [torch.cat(parts) for parts in zip(*held, strict=True)]
 
 
 class _Seeded(Dataset[Any]):

@@ -42,6 +42,7 @@ class RowWriter:
         self._pending: list[tuple[int, int]] = []
         self._disk = ThreadPoolExecutor(1, "rows of a store")
         self._committing: Future[None] | None = None
+        self._failed = False
         self._committed = time.monotonic()
 
     def write(self, start: int, grads: Tensor, out_to_loss: Tensor) -> None:
@@ -77,13 +78,18 @@ class RowWriter:
     def _begin_commit(self) -> None:
         self._end_commit()
         pending, self._pending = self._pending, []
-        if pending:
+        if pending and not self._failed:
             self._committing = self._disk.submit(self._note, pending)
 
     def _end_commit(self) -> None:
         committing, self._committing = self._committing, None
         if committing is not None:
-            committing.result()
+            try:
+                committing.result()
+            except BaseException:
+                # What was written since may be lost with it, though the next sync would succeed.
+                self._failed, self._pending = True, []
+                raise
         self._committed = time.monotonic()
 
     def _note(self, rows: list[tuple[int, int]]) -> None:
