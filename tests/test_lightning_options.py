@@ -22,6 +22,7 @@ from trak_dropout import BatchError, LossOutput, open_store, top_influences
 from trak_dropout.attribution import Featurizer
 from trak_dropout.lightning import GradientCollector
 from trak_dropout.lightning import rows as rows_of_a_store
+from trak_dropout.lightning.rows import RowWriter
 from trak_dropout.store import Store
 
 
@@ -75,8 +76,11 @@ def test_small_samples_are_taken_more_at_once(
 class Varied(Dataset):
     """Images of varied size, with noise that starts anew for each batch."""
 
+    def __init__(self, n: int = 64) -> None:
+        self.n = n
+
     def __len__(self) -> int:
-        return 64
+        return self.n
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         height = 8 + indices[0] // 6 % 2
@@ -120,6 +124,52 @@ def test_joining_batches_changes_no_sample(
 
     joined, alone = rows(None).store, rows(batch_size).store
     np.testing.assert_allclose(joined.grads(0), alone.grads(0), rtol=1e-4, atol=1e-6)
+
+
+def test_joined_batches_are_resumed_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, ckpt_path: Path | None = None) -> GradientCollector:
+        torch.manual_seed(0)
+        module = net(Classifier, nn.Sequential(nn.AdaptiveAvgPool2d(8), mlp()))
+        collector = GradientCollector(
+            tmp_path / f"{name}_store",
+            proj_dim=48,
+            when="checkpoint",
+            dataloader=loader(Varied(320), batch_size=4),
+        )
+        saver = ModelCheckpoint(tmp_path / name, filename="{epoch}", save_top_k=-1)
+        options = {"max_epochs": 2, "limit_train_batches": 2, "enable_checkpointing": True}
+        runner = trainer(callbacks=[collector, saver], **options)
+        runner.fit(module, loader(train_set(980), batch_size=20), ckpt_path=ckpt_path)
+        return collector
+
+    expected, written = run("undisturbed"), []
+
+    def dying(self: RowWriter, start: int, *rows: Any) -> None:
+        written.append((start, len(rows[0])))
+        if len(written) == 30:
+            raise RuntimeError("killed")
+        write(self, start, *rows)
+
+    write = RowWriter.write
+    monkeypatch.setattr(RowWriter, "write", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("resumed")
+    monkeypatch.undo()
+    assert max(count for _, count in written) > 4  # some were joined
+    again: list[int] = []
+
+    def watching(self: RowWriter, start: int, *rows: Any) -> None:
+        again.append(start)
+        write(self, start, *rows)
+
+    monkeypatch.setattr(RowWriter, "write", watching)
+    found = run("resumed", tmp_path / "resumed" / "epoch=0.ckpt")
+    assert again[0] % 20 == 0 < again[0]  # five batches may be joined: all of them are read again
+    assert found.model_ids == expected.model_ids == [0, 1]
+    for model_id in found.model_ids:
+        np.testing.assert_array_equal(found.store.grads(model_id), expected.store.grads(model_id))
 
 
 def test_what_a_failed_sync_may_have_lost_is_not_noted(

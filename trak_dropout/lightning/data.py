@@ -99,22 +99,21 @@ class TrainingData:
         return max(1, int(most // self.batch_size))
 
     def unfinished(self, done: NDArray[np.bool_]) -> list[int]:
-        """Return the numbers of the batches that are to be read.
-
-        That is all that may be joined with one that holds a sample which is not done, so that a row
-        is the same to the bit wherever a pass begins.
+        """Return the numbers of the batches that hold a sample which is not done.
 
         Args:
             done: which samples are, ``(size,)``.
         """
-        starts = np.arange(0, self.size, self.batch_size * self.at_once)
-        return self._members(np.flatnonzero(np.logical_and.reduceat(done, starts) == 0))
+        starts = np.arange(0, self.size, self.batch_size)
+        return np.flatnonzero(np.logical_and.reduceat(done, starts) == 0).tolist()
 
     def shares(self, batches: Sequence[int], count: int) -> list[list[int]]:
-        """Divide batches among processes; those that may be joined stay together.
+        """Divide batches among processes, with all others that may be joined with one of them.
+
+        So a row is the same to the bit wherever a pass begins, and in any number of processes.
 
         Args:
-            batches: their numbers, as `unfinished` returns them.
+            batches: their numbers.
             count: of processes.
         """
         groups = sorted({number // self.at_once for number in batches})
