@@ -148,7 +148,7 @@ def test_joined_batches_are_resumed_to_the_bit(
 
     def dying(self: RowWriter, start: int, *rows: Any) -> None:
         written.append((start, len(rows[0])))
-        if len(written) == 30:
+        if len(written) == 31:
             raise RuntimeError("killed")
         write(self, start, *rows)
 
