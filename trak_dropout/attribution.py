@@ -20,6 +20,7 @@ from torch.utils.data import (
 from tqdm import tqdm
 from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
 
+from trak_dropout.curvature import check_curvature, row_factors
 from trak_dropout.gradients import BatchError, FactoredGradientComputer
 from trak_dropout.outputs import resolve_task, task_name
 from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
@@ -145,6 +146,7 @@ class AttributionStore(Store):
         *,
         model_ids: Iterable[int] | None = None,
         damping: float | str | Sequence[float | str] = "auto",
+        curvature: str = "output",
         progress: bool = True,
     ) -> NDArray[np.float32]:
         """Score every training sample for every target.
@@ -157,6 +159,8 @@ class AttributionStore(Store):
             model_ids: the checkpoints to average; all complete ones when None.
             damping: relative damping, as for `DampedScoreComputer`; several in a list share the
                 gradients and the Gram matrix.
+            curvature: ``"output"``, as TRAK has it, or ``"loss"``: which gradients the inverted
+                matrix is made of, see `trak_dropout.curvature`.
             progress: whether to show a progress bar.
 
         Returns:
@@ -169,8 +173,9 @@ class AttributionStore(Store):
             BatchError: the task cannot take the targets, or there are none.
             IncompleteStoreError: a checkpoint has not been collected completely.
             StoreMismatchError: the model's parameters are not those in the store.
-            ValueError: no model or task is known.
+            ValueError: no model or task is known, or ``curvature`` is unknown.
         """
+        check_curvature(curvature)
         chosen = self.choose(model_ids)
         one: float | str = "auto"
         dampings: list[float | str] | None = None
@@ -183,16 +188,25 @@ class AttributionStore(Store):
         for model_id, targets in self._featurized(loader, model, chosen, progress):
             computer = DampedScoreComputer(torch.float32, targets.device, one)
             grads = torch.from_numpy(np.array(self.grads(model_id))).to(targets.device)
+            slopes = self.out_to_loss(model_id).astype(np.float32)
+            factors = None
+            if curvature == "loss":
+                factors = row_factors(grads.double().norm(dim=1), torch.from_numpy(slopes[:, 0]))
+                factors = factors.to(grads.device, torch.float32).unsqueeze(1)
+                grads = grads * factors
             gram = computer.get_xtx(grads)
             if isinstance(scores, float):
                 shape = (len(grads), len(targets))
                 scores = torch.zeros(shape if dampings is None else (len(dampings), *shape))
             if dampings is None:
-                computer.get_scores(computer.get_x_xtx_inv(grads, gram), targets, scores)
+                features = computer.get_x_xtx_inv(grads, gram)
+                features = features if factors is None else features / factors
+                computer.get_scores(features, targets, scores)
             else:
                 for value, total in zip(dampings, scores, strict=True):
-                    total += computer.scores(grads, gram, targets, value).to(total)
-            out_to_loss = out_to_loss + self.out_to_loss(model_id).astype(np.float32)
+                    found = computer.scores(grads, gram, targets, value)
+                    total += (found if factors is None else found / factors).to(total)
+            out_to_loss = out_to_loss + slopes
         assert isinstance(scores, Tensor)
         return (scores.numpy() / float(len(chosen))) * (out_to_loss / float(len(chosen)))
 
@@ -272,18 +286,23 @@ class AttributionStore(Store):
                 yield model_id, torch.cat(rows)
 
     def self_influence(
-        self, model_ids: Iterable[int] | None = None, damping: float | str = "auto"
+        self,
+        model_ids: Iterable[int] | None = None,
+        damping: float | str = "auto",
+        *,
+        curvature: str = "output",
     ) -> NDArray[np.float64]:
         """Compute the influence of each training sample on itself, ``(n_train,)``.
 
         Args:
             model_ids: the checkpoints to average; all complete ones when None.
             damping: relative damping.
+            curvature: as for `attribute`.
 
         Returns:
             As `trak_dropout.self_influence`.
         """
-        return self_influence(self, model_ids, damping)
+        return self_influence(self, model_ids, damping, curvature=curvature)
 
     def _resolved_task(self) -> str | AbstractModelOutput:
         recorded = self.settings.task

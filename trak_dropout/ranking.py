@@ -15,6 +15,7 @@ from tqdm import tqdm
 from trak import TRAKer
 
 from trak_dropout._checks import check_integer
+from trak_dropout.curvature import check_curvature
 from trak_dropout._files import replacing
 from trak_dropout._html import describe_html
 from trak_dropout.largest import PIECE, Largest
@@ -29,6 +30,7 @@ from trak_dropout.streaming import (
     fingerprints,
     mean_out_to_loss,
     streamed_gram,
+    curved,
 )
 
 METHODS = ("influence", "dot", "cosine")
@@ -75,6 +77,7 @@ def top_influences(
     model_ids: Iterable[int] | None = None,
     damping: float | str | None = None,
     method: str = "influence",
+    curvature: str = "output",
     memory: int = DEFAULT_MEMORY,
     progress: bool = False,
     device: str | torch.device | None = None,
@@ -108,6 +111,8 @@ def top_influences(
             equal learning rates), as projections estimate them, so ``proj_dim`` of the store times
             those of full gradients divided by their number of coordinates; or ``"cosine"``: their
             cosine.
+        curvature: ``"output"``, as TRAK has it, or ``"loss"``: which gradients the inverted matrix
+            is made of, see `trak_dropout.curvature`.
         memory: bytes to use for blocks of rows and of targets, beside one Gram matrix and its
             decomposition.
         progress: whether to show a progress bar.
@@ -123,7 +128,7 @@ def top_influences(
     Raises:
         TypeError: ``store_or_traker`` is neither; or ``k`` is no integer.
         ValueError: ``k`` is not between 1 and the number of training samples, ``groups`` does
-            not fit the targets, or ``method`` is unknown.
+            not fit the targets, or ``method`` or ``curvature`` is unknown.
         IncompleteStoreError: a checkpoint or the targets are missing, incomplete or damaged.
         GramError: gradients are NaN or infinite, all zero, or singular without damping.
         RankError: another process has failed.
@@ -133,6 +138,8 @@ def top_influences(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if method != "influence" and damping is not None:
         raise ValueError(f"damping={damping!r} has no meaning for method={method!r}; leave it out")
+    if method != "influence" and check_curvature(curvature) != "output":
+        raise ValueError(f"curvature={curvature!r} has no meaning for method={method!r}")
     chosen = files.choose(model_ids)
     k, memory = check_integer("k", k, minimum=1), check_integer("memory", memory, minimum=1)
     harmful = bool(harmful)
@@ -152,16 +159,18 @@ def top_influences(
     inputs = fingerprints(*read, *(found.file for found in targets.values()))
     scales = {m: files.scale(m) for m in chosen}
     numbers = None if groups is None else np.asarray(groups).tolist()
-    how = [method, computer.damping, computer.lambda_reg, list(scales.values())]
+    how = [method, check_curvature(curvature), computer.damping, computer.lambda_reg, list(scales.values())]
     arguments = [exp_name, k, harmful, numbers, memory, *how]
     shards = Shards(fabric, n)
     with unfinished(files.save_dir, "top", inputs, arguments, shards.rank, shards.world) as work:
-        solved = {}
+        solved, weights = {}, {}
         hidden = not progress or shards.rank > 0
-        for m, file in rows.items():
+        for m, file in list(rows.items()):
+            rows[m], factors = curved(files, m, file, curvature, shards, memory)
+            weights[m] = (weight / factors).float()
             if method == "influence":
                 solved[m] = _solved(
-                    computer, file, targets[m], shards, work, m, scales[m], memory, hidden
+                    computer, rows[m], targets[m], shards, work, m, scales[m], memory, hidden
                 )
             else:
                 parts = _plain(
@@ -169,7 +178,7 @@ def top_influences(
                 )
                 solved[m] = _kept(work, m, (len(targets[m]), file.shape[1]), parts)
         with shards.agreed():
-            best = _best(rows, solved, weight, k, method, shards, work, memory, computer, hidden)
+            best = _best(rows, solved, weights, k, method, shards, work, memory, computer, hidden)
     values, indices = _merged(best, k, shards)
     sign = np.float32(-1 if harmful else 1)
     return TopInfluences(indices.cpu().numpy(), values.cpu().numpy() * sign)
@@ -251,7 +260,7 @@ def _kept(
 def _best(
     rows: Mapping[int, RowFile],
     solved: Mapping[int, RowFile],
-    weight: Tensor,
+    weights: Mapping[int, Tensor],
     k: int,
     method: str,
     shards: Shards,
@@ -287,7 +296,7 @@ def _best(
                 best.seen = first - shards.start
                 bar.update(size * best.seen)
             product = torch.empty(size, block, dtype=dtype, device=device)
-            sums = _products(rows, few, weight, method, product, first, shards.stop)
+            sums = _products(rows, few, weights, method, product, first, shards.stop)
             for at, length in sums:
                 filled = -(-length // PIECE) * PIECE
                 product[:, length:filled] = -math.inf
@@ -305,7 +314,7 @@ def _best(
 def _products(
     rows: Mapping[int, RowFile],
     few: Mapping[int, Tensor],
-    weight: Tensor,
+    weights: Mapping[int, Tensor],
     method: str,
     product: Tensor,
     first: int,
@@ -324,8 +333,9 @@ def _products(
     space = torch.empty(block * widest, dtype=product.dtype, device=product.device)
     for at in range(first, stop, block):
         length = min(block, stop - at)
-        out, factors = product[:, :length], weight[at : at + length].to(product.device)
+        out = product[:, :length]
         for i, (m, target) in enumerate(few.items()):
+            factors = weights[m][at : at + length].to(product.device)
             if m not in readers:
                 part = target[:, at : at + length] * factors
                 out.copy_(part) if i == 0 else out.add_(part)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from trak import TRAKer
 
 from trak_dropout._checks import check_integer
+from trak_dropout.curvature import ScaledRows, check_curvature, file_factors
 from trak_dropout.progress import Progress, fingerprint, unfinished
 from trak_dropout.rowfile import IncompleteStoreError, RowFile
 from trak_dropout.scoring import DampedScoreComputer, GramError, check_damping, refuse_zero
@@ -146,6 +147,33 @@ def streamed_gram(
     return gram
 
 
+def curved(
+    files: FeatureFiles, model_id: int, file: RowFile, curvature: str, shards: Shards, memory: int
+) -> tuple[RowFile, Tensor]:
+    """Return the rows of which the Gram matrix is made, and by what factors they differ.
+
+    Args:
+        files: the store.
+        model_id: the checkpoint.
+        file: its compressed gradients ``(n, k)``.
+        curvature: ``"output"`` or ``"loss"``.
+        shards: which rows are this process's.
+        memory: bytes for blocks of rows.
+
+    Returns:
+        Rows and factors, float64 ``(n,)``.
+
+    Raises:
+        GramError: gradients are NaN, infinite or all zero.
+        RankError: another process has failed.
+    """
+    if curvature == "output":
+        return file, torch.ones(len(file), dtype=torch.float64)
+    slopes = files.file(model_id, "out_to_loss").rows()[:, 0]
+    factors = file_factors(file, slopes, shards, memory)
+    return ScaledRows(file, factors), factors
+
+
 def gram_of(computer: DampedScoreComputer, file: RowFile, memory: int = DEFAULT_MEMORY) -> Tensor:
     """Compute the Gram matrix of a file's rows in one go, as `streamed_gram` does."""
     shards = Shards(None, len(file))
@@ -179,6 +207,7 @@ def self_influence(
     model_ids: Iterable[int] | None = None,
     damping: float | str | Sequence[float | str] | None = None,
     *,
+    curvature: str = "output",
     memory: int = DEFAULT_MEMORY,
     progress: bool = False,
     device: str | torch.device | None = None,
@@ -198,6 +227,8 @@ def self_influence(
         model_ids: the checkpoints to average; all complete ones when None.
         damping: relative damping; when None, that of the TRAKer's `DampedScoreComputer`, else
             ``"auto"``. Several in a list share one decomposition.
+        curvature: ``"output"``, as TRAK has it, or ``"loss"``: which gradients the inverted matrix
+            is made of, see `trak_dropout.curvature`.
         memory: bytes to use for blocks of rows, beside a Gram matrix and its decomposition.
         progress: whether to show a progress bar.
         device: where to compute, the CPU or a CUDA device; that of the TRAKer or of ``fabric`` when
@@ -218,6 +249,7 @@ def self_influence(
     if several:
         dampings = [check_damping(one) for one in damping]  # type: ignore[union-attr]
     check_integer("memory", memory, minimum=1)
+    check_curvature(curvature)
     if not dampings:
         raise ValueError("damping is an empty list; give at least one value, or None")
     files, computer = files_and_computer(
@@ -230,8 +262,9 @@ def self_influence(
     found = {m: files.file(m, "grads") for m in chosen}
     weight = mean_out_to_loss(files, chosen).numpy()
     total: Any = 0.0
-    arguments = [dampings, computer.damping, computer.lambda_reg]
-    inputs, place = fingerprints(*found.values()), Shards(fabric, 0)
+    arguments = [dampings, computer.damping, computer.lambda_reg, curvature]
+    read = [*found.values(), *(files.file(m, "out_to_loss") for m in chosen)]
+    inputs, place = fingerprints(*read), Shards(fabric, 0)
     with unfinished(
         files.save_dir, "self_influence", inputs, arguments, place.rank, place.world
     ) as work:
@@ -239,6 +272,7 @@ def self_influence(
             n, k = file.shape
             shards = Shards(fabric, n)
             hidden = not progress or shards.rank > 0
+            file, factors = curved(files, m, file, curvature, shards, memory)
             with tqdm(total=2 * n // shards.world, desc=f"model_id {m}", disable=hidden) as bar:
                 gram = streamed_gram(computer, file, shards, work, f"gram_{m}", memory, bar)
                 if k > n:
@@ -251,7 +285,7 @@ def self_influence(
                         values = _over_rows(leverages, file, shards, work, name, memory, bar)
                     values = shards.joined(values)
             work.drop(f"gram_{m}")
-            total = total + values.cpu().numpy()
+            total = total + (values.cpu() / factors.square()).numpy()
     result = total / len(chosen) * weight
     return result if several else result[0]
 

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trak_dropout.curvature import CURVATURES
+
 _SHOWN = 20
 
 
@@ -40,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--damping",
         type=_damping,
         help="'auto', or relative to the mean eigenvalue (default: auto)",
+    )
+    parser.add_argument(
+        "--curvature",
+        choices=CURVATURES,
+        default="output",
+        help="gradients of which the inverted matrix is made: of outputs, as TRAK has it, or of "
+        "losses (default: output)",
     )
     parser.add_argument(
         "--model-ids", metavar="M", type=int, nargs="+", help="checkpoints (default: all complete)"
@@ -137,6 +146,7 @@ def _scores(
     common: dict[str, Any] = {
         "model_ids": options.model_ids,
         "damping": options.damping,
+        "curvature": options.curvature,
         "memory": options.memory * 2**20,
         "progress": not options.json,
         "fabric": fabric,

@@ -461,6 +461,7 @@ class GradientCollector(pl.Callback):
         *,
         model_ids: Iterable[int] | None = None,
         damping: float | str = "auto",
+        curvature: str = "output",
         progress: bool = True,
     ) -> NDArray[np.float32]:
         """Score every training sample for every target.
@@ -471,6 +472,7 @@ class GradientCollector(pl.Callback):
                 other processes than the one that called ``fit``.
             model_ids: the checkpoints to average; all collected ones when None.
             damping: relative damping, as for `DampedScoreComputer`.
+            curvature: ``"output"`` or ``"loss"``, as for `AttributionStore.attribute`.
             progress: whether to show a progress bar.
 
         Returns:
@@ -481,23 +483,33 @@ class GradientCollector(pl.Callback):
             batches = in_dataset_order(loader)
             loader = [to_device(module, batch, module.device) for batch in batches]
         return self.store.attribute(
-            loader, model, model_ids=model_ids, damping=damping, progress=progress
+            loader,
+            model,
+            model_ids=model_ids,
+            damping=damping,
+            curvature=curvature,
+            progress=progress,
         )
 
     def self_influence(
-        self, model_ids: Iterable[int] | None = None, damping: float | str = "auto"
+        self,
+        model_ids: Iterable[int] | None = None,
+        damping: float | str = "auto",
+        *,
+        curvature: str = "output",
     ) -> NDArray[np.float64]:
         """Compute the influence of each training sample on itself, ``(n_train,)``.
 
         Args:
             model_ids: the checkpoints to average; all collected ones when None.
             damping: relative damping.
+            curvature: as for `attribute`.
 
         Returns:
             float64, high for samples whose label is likely wrong; see
             `trak_dropout.self_influence`.
         """
-        return self.store.self_influence(model_ids, damping)
+        return self.store.self_influence(model_ids, damping, curvature=curvature)
 
     # --- inside ----------------------------------------------------------------------------
 
