@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from trak.projectors import BasicProjector, CudaProjector
 from trak.utils import vectorize
 
 from trak_dropout import DampedScoreComputer, DropoutProjector, FactoredGradientComputer
+from trak_dropout.curvature import row_factors
 
 Damping = float | str
 GRID: tuple[Damping, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -199,7 +201,11 @@ def compressed(
 
 
 def spectral(
-    problem: Problem, make: Callable[[nn.Module], Any], factored: bool, solve: bool = True
+    problem: Problem,
+    make: Callable[[nn.Module], Any],
+    factored: bool,
+    solve: bool = True,
+    curvature: str = "output",
 ) -> Attribution:
     """Scores or self-influence from compressed gradients, at every damping of the grid.
 
@@ -209,9 +215,21 @@ def spectral(
         factored: whether gradients come as factors.
         solve: whether the time is that of the package's own solve; of the decomposition, where
             rows are too long for it, if not.
+        curvature: ``"output"`` or ``"loss"``, of the package's scores.
     """
     with Measured() as measured:
         checkpoints, collecting, projecting = compressed(problem, make, factored)
+        # Scores of rows multiplied by these are divided by them again.
+        factors = [torch.ones(len(x), 1, dtype=torch.float64) for x, _, _ in checkpoints]
+        if curvature == "loss":
+            factors = [
+                row_factors(torch.linalg.vector_norm(x, dim=1), q.flatten()).unsqueeze(1)
+                for x, _, q in checkpoints
+            ]
+            checkpoints = [
+                (x * by.to(x), targets, q)
+                for (x, targets, q), by in zip(checkpoints, factors, strict=True)
+            ]
         spectra = [] if solve else [Spectrum(x, targets) for x, targets, _ in checkpoints]
         if solve:
             _solve_once(problem, checkpoints)
@@ -225,14 +243,17 @@ def spectral(
     weight = sum(q.double() for _, _, q in checkpoints) / len(checkpoints)
     for damping in (*GRID, "auto"):
         ridges = [s.ridge(damping) for s in spectra]
-        pairs = list(zip(spectra, ridges, strict=True))
+        pairs = list(zip(spectra, ridges, factors, strict=True))
         if problem.wanted == "scores":
-            value = sum(s.scores(r) for s, r in pairs) * weight
-            roots = [s.self_influence(r).sqrt().clamp_min(1e-300) for s, r in pairs]
-            relative = sum(s.scores(r) / q[:, None] for (s, r), q in zip(pairs, roots, strict=True))
+            value = sum(s.scores(r) / by for s, r, by in pairs) * weight
+            # By roots of self-influence, in which the factors are as well.
+            roots = [s.self_influence(r).sqrt().clamp_min(1e-300) for s, r, _ in pairs]
+            relative = sum(
+                s.scores(r) / root[:, None] for (s, r, _), root in zip(pairs, roots, strict=True)
+            )
             attribution.normalized[damping] = relative.cpu().numpy()
         else:
-            value = sum(s.self_influence(r) for s, r in pairs)
+            value = sum(s.self_influence(r) / by[:, 0].square() for s, r, by in pairs)
         attribution.values[damping] = value.cpu().numpy()
     return attribution
 
@@ -253,7 +274,9 @@ def _solve_once(problem: Problem, checkpoints: list[tuple[Tensor, Tensor, Tensor
         computer.get_scores(features, targets, scores)
 
 
-def dropout(proj_type: str, fold: int) -> Callable[[Problem, int], Attribution]:
+def dropout(
+    proj_type: str, fold: int, curvature: str = "output"
+) -> Callable[[Problem, int], Attribution]:
     """A scheme of this package."""
 
     def run(problem: Problem, k: int) -> Attribution:
@@ -263,12 +286,12 @@ def dropout(proj_type: str, fold: int) -> Callable[[Problem, int], Attribution]:
                 grad_wrt=_trainable(model), fold=fold,
             )  # fmt: skip
 
-        return spectral(problem, make, factored=True)
+        return spectral(problem, make, factored=True, curvature=curvature)
 
     return run
 
 
-def gaussian(problem: Problem, k: int) -> Attribution:
+def gaussian(problem: Problem, k: int, curvature: str = "output") -> Attribution:
     """TRAK's projection: on a GPU its CudaProjector where that runs, else its BasicProjector."""
 
     def make(model: nn.Module) -> Any:
@@ -282,7 +305,7 @@ def gaussian(problem: Problem, k: int) -> Attribution:
                 print(f"CudaProjector does not run here: {type(error).__name__}")
         return BasicProjector(p, k, problem.seed, "normal", problem.device, block_size=256)
 
-    return spectral(problem, make, factored=False)
+    return spectral(problem, make, factored=False, curvature=curvature)
 
 
 def sparse(problem: Problem, k: int) -> Attribution:
@@ -350,9 +373,11 @@ def methods() -> dict[str, Method]:
         Method("unit dropout", dropout("unit_dropout", 16), True, True),
         Method("weighted dropout", dropout("weighted_dropout", 1), True, True),
         Method("weighted dropout, fold 16", dropout("weighted_dropout", 16), True, True),
+        Method("dropout, loss curvature", dropout("dropout", 16, "loss"), True, True),
     ]
     others = [
         Method("Gaussian", gaussian, True),
+        Method("Gaussian, loss curvature", partial(gaussian, curvature="loss"), True),
         Method("SJLT", sparse, True),
         Method("no compression", whole),
         Method("gradient dot product", dot_product),

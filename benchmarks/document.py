@@ -16,9 +16,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from _study import FORMATS, HERE, Row, shown, table
+from _study import FORMATS, HERE, Row, interval, ratio, shown, table
 
-PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("evidence", "cost", "training_mode")]
+PAGES = [
+    HERE.parent / "docs" / f"{name}.md"
+    for name in ("evidence", "cost", "curvature", "training_mode")
+]
 Results = dict[str, Any]
 
 
@@ -140,6 +143,25 @@ def lds_equal_k(found: Results) -> str:
                 f"{shown(ours['dropout'])}.",
             ),
         ]
+    )
+
+
+def lds_curvature(found: Results) -> str:
+    """What the curvature of losses does to the score, of that with TRAK's, by setting and k."""
+    end = ", loss curvature"
+    of = {(r["method"], r["setting"], r["k"]): r for r in found["rows"]}
+    cells: dict[str, dict[str, str]] = {}
+    for (method, setting, k), row in of.items():
+        plain = of.get((method.removesuffix(end), setting, k))
+        if not method.endswith(end) or plain is None:
+            continue
+        line = cells.setdefault(f"{setting}, k = {k}", {})
+        for damping, key in (("best", "lds"), ("automatic", "auto")):
+            gain = ratio(row[key], plain[key])
+            line[f"{method.removesuffix(end)}, {damping} damping"] = shown(interval(gain["values"]))
+    columns = list(dict.fromkeys(column for line in cells.values() for column in line))
+    return f"{machine(found)}\n\n" + table(
+        list(cells), columns, lambda line, c: cells[line].get(c, ""), "setting"
     )
 
 
@@ -482,6 +504,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "scale points": ("scale", scale_points),
     "scale memory": ("scale", scale_memory),
     "scale verdict": ("scale", scale_verdict),
+    "curvature gain": ("lds", lds_curvature),
+    "curvature on the larger cnn": ("lds_cnn", lds_curvature),
     "callback cost": ("callback", collecting),
     "training cost": ("training_mode", epochs),
     "lds picture": picture("lds", "Score over time"),

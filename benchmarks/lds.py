@@ -45,13 +45,18 @@ from trak_dropout.metrics import linear_datamodeling_score
 # Training samples and targets where the setting's own would take more than the hour that
 # `make benchmarks` has.
 SMALL = {"mlp": (1000, 100), "lm": (600, 100)}
-# The default scheme with several checkpoints: what its speed can buy.
-ENSEMBLES = {"dropout, 3 checkpoints": 3, "dropout, 6 checkpoints": 6}
-FURTHER = max(ENSEMBLES.values())  # models of each seed
+# Schemes with several checkpoints: what their speed can buy.
+ENSEMBLES = {
+    f"{scheme}, {count} checkpoints": (scheme, count)
+    for scheme in ("dropout", "dropout, loss curvature")
+    for count in (3, 6)
+}
+FURTHER = max(count for _, count in ENSEMBLES.values())  # models of each seed
 ORDER = (
-    "Gaussian", "SJLT", "dropout", "dropout, fold 1", "unit dropout", "weighted dropout",
-    *ENSEMBLES, "no compression", "kronfluence EK-FAC",
-    "dattri influence function", "dattri TRAK", "gradient dot product", "random",
+    "Gaussian", "Gaussian, loss curvature", "SJLT", "dropout", "dropout, fold 1", "unit dropout",
+    "weighted dropout", "dropout, loss curvature", *ENSEMBLES,
+    "no compression", "kronfluence EK-FAC", "dattri influence function",
+    "dattri TRAK", "gradient dot product", "random",
 )  # fmt: skip
 OURS = [name for name in ORDER if "dropout" in name]
 
@@ -71,10 +76,9 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
             if cells.get(setting=name, method=method, k=k, seed=seed) is None
         ]
         for method, k, seed in tqdm(todo, desc=f"{name}: methods"):
-            count = ENSEMBLES.get(method, 1)
+            scheme, count = ENSEMBLES.get(method, (method, 1))
             models = [trained(setting, FURTHER * seed + i, options.cache) for i in range(count)]
-            scheme = known["dropout" if method in ENSEMBLES else method]
-            found = run(scheme, Problem(setting, models, seed), k)
+            found = run(known[scheme], Problem(setting, models, seed), k)
             row: Row = {"setting": name, "method": method, "k": k, "seed": seed, "lds": None}
             if found is not None:
                 row["lds"] = {
@@ -100,7 +104,8 @@ def dims(method: str, options: argparse.Namespace) -> list[int]:
         return sorted({*options.proj_dims, *options.more_dims})
     if method == "dattri TRAK":
         return options.proj_dims[:1]
-    return options.proj_dims if method in ("Gaussian", "SJLT") else [0]
+    projected = ("Gaussian", "Gaussian, loss curvature", "SJLT")
+    return options.proj_dims if method in projected else [0]
 
 
 def summarize(cells: list[Row]) -> list[Row]:

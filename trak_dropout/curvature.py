@@ -1,6 +1,6 @@
 """Which gradients the matrix that scores invert is made of: those of outputs, or of losses.
 
-TRAK inverts ``sum x x^T``, with ``x`` the gradient of a sample's model output, whatever the sample's
+TRAK inverts ``sum x x^T``, with ``x`` the gradient of a sample's model output, whatever its
 loss is. How far the weights give way to a sample is a matter of the curvature of the *loss*. With
 ``q`` the out-to-loss gradient, a loss has the gradient ``q x``, and the empirical Fisher matrix is
 ``sum q^2 x x^T``; but it counts the few samples that are still wrong far too much (Kunstner, Hennig

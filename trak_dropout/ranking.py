@@ -15,9 +15,9 @@ from tqdm import tqdm
 from trak import TRAKer
 
 from trak_dropout._checks import check_integer
-from trak_dropout.curvature import check_curvature
 from trak_dropout._files import replacing
 from trak_dropout._html import describe_html
+from trak_dropout.curvature import check_curvature
 from trak_dropout.largest import PIECE, Largest
 from trak_dropout.progress import Progress, unfinished
 from trak_dropout.rowfile import IncompleteStoreError, RowFile
@@ -26,11 +26,11 @@ from trak_dropout.shards import Shards
 from trak_dropout.store import FeatureFiles
 from trak_dropout.streaming import (
     DEFAULT_MEMORY,
+    curved,
     files_and_computer,
     fingerprints,
     mean_out_to_loss,
     streamed_gram,
-    curved,
 )
 
 METHODS = ("influence", "dot", "cosine")
@@ -159,7 +159,13 @@ def top_influences(
     inputs = fingerprints(*read, *(found.file for found in targets.values()))
     scales = {m: files.scale(m) for m in chosen}
     numbers = None if groups is None else np.asarray(groups).tolist()
-    how = [method, check_curvature(curvature), computer.damping, computer.lambda_reg, list(scales.values())]
+    how = [
+        method,
+        check_curvature(curvature),
+        computer.damping,
+        computer.lambda_reg,
+        list(scales.values()),
+    ]
     arguments = [exp_name, k, harmful, numbers, memory, *how]
     shards = Shards(fabric, n)
     with unfinished(files.save_dir, "top", inputs, arguments, shards.rank, shards.world) as work:
