@@ -48,9 +48,8 @@ from tqdm import tqdm
 
 EMBEDDINGS = ("own embeddings", "MiniLM embeddings")
 ORDER = (
-    "dropout", "dropout, fold 1", "unit dropout", "weighted dropout", "dropout, loss curvature",
-    "Gaussian", "SJLT", "no compression", "kronfluence EK-FAC", "gradient dot product",
-    *EMBEDDINGS, "random",
+    "dropout", "dropout, fold 1", "unit dropout", "weighted dropout", "Gaussian", "SJLT",
+    "no compression", "kronfluence EK-FAC", "gradient dot product", *EMBEDDINGS, "random",
 )  # fmt: skip
 NORMALIZED = ", normalized"
 _ENCODED: dict[str, Attribution] = {}  # MiniLM's similarities, by setting
