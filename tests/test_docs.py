@@ -47,7 +47,7 @@ def of_lightning() -> dict[str, Any]:
     }
 
 
-GIVEN = {"callback": of_lightning}
+GIVEN = {"callback": of_lightning, "curvature": of_lightning}
 
 
 def check_of_lightning(names: dict[str, Any]) -> None:
@@ -97,6 +97,7 @@ def check_scaling(names: dict[str, Any]) -> None:
 
 CHECKS = {
     "callback": check_of_lightning,
+    "curvature": check_of_lightning,
     "training_mode": check_training_mode,
     "start": check_start,
     "mislabeled": check_mislabeled,
