@@ -220,7 +220,7 @@ def spectral(
     with Measured() as measured:
         checkpoints, collecting, projecting = compressed(problem, make, factored)
         # Scores of rows multiplied by these are divided by them again.
-        factors = [torch.ones(len(x), 1, dtype=torch.float64) for x, _, _ in checkpoints]
+        factors = [x.new_ones(len(x), 1, dtype=torch.float64) for x, _, _ in checkpoints]
         if curvature == "loss":
             factors = [
                 row_factors(torch.linalg.vector_norm(x, dim=1), q.flatten()).unsqueeze(1)

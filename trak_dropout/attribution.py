@@ -191,7 +191,8 @@ class AttributionStore(Store):
             slopes = self.out_to_loss(model_id).astype(np.float32)
             factors = None
             if curvature == "loss":
-                factors = row_factors(grads.double().norm(dim=1), torch.from_numpy(slopes[:, 0]))
+                norms = torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64)
+                factors = row_factors(norms.cpu(), torch.from_numpy(slopes[:, 0]))
                 factors = factors.to(grads.device, torch.float32).unsqueeze(1)
                 grads = grads * factors
             gram = computer.get_xtx(grads)

@@ -23,6 +23,7 @@ from torch import Tensor
 from trak_dropout.rowfile import RowFile
 from trak_dropout.scoring import GramError, refuse_zero
 from trak_dropout.shards import Shards
+from trak_dropout.store import FeatureFiles
 
 CURVATURES = ("output", "loss")
 # In units of the mean: rows of samples that are fitted to the last digit are divided by their
@@ -102,25 +103,33 @@ class ScaledRows(RowFile):
             yield first, block * self._factors[first : first + len(block)]
 
 
-def file_factors(file: RowFile, out_to_loss: Tensor, shards: Shards, memory: int) -> Tensor:
-    """Compute the factors of the rows of a file, as `row_factors` does.
+def curved(
+    files: FeatureFiles, model_id: int, curvature: str, shards: Shards, memory: int
+) -> tuple[RowFile, Tensor]:
+    """Return the rows of which the inverted matrix is made, and by what factors they differ.
 
     Args:
-        file: compressed gradients ``(n, k)``.
-        out_to_loss: of the same checkpoint, ``(n,)``.
+        files: the store.
+        model_id: the checkpoint, with ``n`` rows.
+        curvature: ``"output"`` or ``"loss"``.
         shards: which rows this process reads.
         memory: bytes for blocks of rows.
 
     Returns:
-        float64 ``(n,)``, for all rows.
+        Rows, and the factors of all of them, float64 ``(n,)``.
 
     Raises:
         GramError: as `row_factors`.
         RankError: another process has failed.
     """
+    file = files.file(model_id, "grads")
+    if curvature == "output":
+        return file, torch.ones(len(file), dtype=torch.float64)
     step = max(1, memory // (24 * file.shape[1]))
     with shards.agreed():
         blocks = file.blocks(step, shards.start, shards.stop)
         parts = [torch.linalg.vector_norm(block.double(), dim=1) for _, block in blocks]
         own = torch.cat([torch.empty(0, dtype=torch.float64), *parts])
-    return row_factors(shards.joined(own.unsqueeze(0))[0], out_to_loss)
+    slopes = files.file(model_id, "out_to_loss").rows()[:, 0]
+    factors = row_factors(shards.joined(own.unsqueeze(0))[0], slopes)
+    return ScaledRows(file, factors), factors

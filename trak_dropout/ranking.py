@@ -17,7 +17,7 @@ from trak import TRAKer
 from trak_dropout._checks import check_integer
 from trak_dropout._files import replacing
 from trak_dropout._html import describe_html
-from trak_dropout.curvature import check_curvature
+from trak_dropout.curvature import check_curvature, curved
 from trak_dropout.largest import PIECE, Largest
 from trak_dropout.progress import Progress, unfinished
 from trak_dropout.rowfile import IncompleteStoreError, RowFile
@@ -26,7 +26,6 @@ from trak_dropout.shards import Shards
 from trak_dropout.store import FeatureFiles
 from trak_dropout.streaming import (
     DEFAULT_MEMORY,
-    curved,
     files_and_computer,
     fingerprints,
     mean_out_to_loss,
@@ -138,7 +137,7 @@ def top_influences(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if method != "influence" and damping is not None:
         raise ValueError(f"damping={damping!r} has no meaning for method={method!r}; leave it out")
-    if method != "influence" and check_curvature(curvature) != "output":
+    if check_curvature(curvature) != "output" and method != "influence":
         raise ValueError(f"curvature={curvature!r} has no meaning for method={method!r}")
     chosen = files.choose(model_ids)
     k, memory = check_integer("k", k, minimum=1), check_integer("memory", memory, minimum=1)
@@ -161,7 +160,7 @@ def top_influences(
     numbers = None if groups is None else np.asarray(groups).tolist()
     how = [
         method,
-        check_curvature(curvature),
+        curvature,
         computer.damping,
         computer.lambda_reg,
         list(scales.values()),
@@ -171,12 +170,13 @@ def top_influences(
     with unfinished(files.save_dir, "top", inputs, arguments, shards.rank, shards.world) as work:
         solved, weights = {}, {}
         hidden = not progress or shards.rank > 0
-        for m, file in list(rows.items()):
-            rows[m], factors = curved(files, m, file, curvature, shards, memory)
+        for m in chosen:
+            file, factors = curved(files, m, curvature, shards, memory)
+            rows[m] = file
             weights[m] = (weight / factors).float()
             if method == "influence":
                 solved[m] = _solved(
-                    computer, rows[m], targets[m], shards, work, m, scales[m], memory, hidden
+                    computer, file, targets[m], shards, work, m, scales[m], memory, hidden
                 )
             else:
                 parts = _plain(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from trak import TRAKer
 
 from trak_dropout._checks import check_integer
-from trak_dropout.curvature import ScaledRows, check_curvature, file_factors
+from trak_dropout.curvature import check_curvature, curved
 from trak_dropout.progress import Progress, fingerprint, unfinished
 from trak_dropout.rowfile import IncompleteStoreError, RowFile
 from trak_dropout.scoring import DampedScoreComputer, GramError, check_damping, refuse_zero
@@ -147,33 +147,6 @@ def streamed_gram(
     return gram
 
 
-def curved(
-    files: FeatureFiles, model_id: int, file: RowFile, curvature: str, shards: Shards, memory: int
-) -> tuple[RowFile, Tensor]:
-    """Return the rows of which the Gram matrix is made, and by what factors they differ.
-
-    Args:
-        files: the store.
-        model_id: the checkpoint.
-        file: its compressed gradients ``(n, k)``.
-        curvature: ``"output"`` or ``"loss"``.
-        shards: which rows are this process's.
-        memory: bytes for blocks of rows.
-
-    Returns:
-        Rows and factors, float64 ``(n,)``.
-
-    Raises:
-        GramError: gradients are NaN, infinite or all zero.
-        RankError: another process has failed.
-    """
-    if curvature == "output":
-        return file, torch.ones(len(file), dtype=torch.float64)
-    slopes = files.file(model_id, "out_to_loss").rows()[:, 0]
-    factors = file_factors(file, slopes, shards, memory)
-    return ScaledRows(file, factors), factors
-
-
 def gram_of(computer: DampedScoreComputer, file: RowFile, memory: int = DEFAULT_MEMORY) -> Tensor:
     """Compute the Gram matrix of a file's rows in one go, as `streamed_gram` does."""
     shards = Shards(None, len(file))
@@ -272,7 +245,7 @@ def self_influence(
             n, k = file.shape
             shards = Shards(fabric, n)
             hidden = not progress or shards.rank > 0
-            file, factors = curved(files, m, file, curvature, shards, memory)
+            file, factors = curved(files, m, curvature, shards, memory)
             with tqdm(total=2 * n // shards.world, desc=f"model_id {m}", disable=hidden) as bar:
                 gram = streamed_gram(computer, file, shards, work, f"gram_{m}", memory, bar)
                 if k > n:
