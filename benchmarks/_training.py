@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from _settings import Setting, take
 from torch import Tensor, nn
 from tqdm import tqdm
+
+THIRDS = 3  # checkpoints that a training leaves
 
 
 def train(setting: Setting, rows: Tensor, seed: int) -> nn.Module:
@@ -24,48 +26,70 @@ def train(setting: Setting, rows: Tensor, seed: int) -> nn.Module:
     Returns:
         The model, in evaluation mode.
     """
+    return _stages(setting, rows, seed, [setting.epochs])[-1]
+
+
+def _stages(setting: Setting, rows: Tensor, seed: int, ends: list[int]) -> list[nn.Module]:
+    """Train, and return the model as it is after some numbers of epochs."""
     torch.manual_seed(seed)
     model = setting.model().train()
     device = setting.train[0].device
     model.to(device)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], setting.rate)
-    for _ in range(setting.epochs):
+    kept = []
+    for epoch in range(1, ends[-1] + 1):
         for batch in rows[torch.randperm(len(rows))].split(setting.batch_size):
             optimizer.zero_grad()
             setting.losses(model, take(setting.train, batch.to(device))).mean().backward()
             optimizer.step()
-    return model.eval()
+        if epoch in ends:
+            kept.append(copy.deepcopy(model).eval())
+    return kept
 
 
 def trained(setting: Setting, seed: int, cache: Path) -> nn.Module:
     """The model trained on everything with a seed, from the cache where it is there."""
+    return checkpoints(setting, seed, cache, 1)[0]
+
+
+def checkpoints(setting: Setting, seed: int, cache: Path, count: int = THIRDS) -> list[nn.Module]:
+    """The last of the checkpoints that one training leaves, after each third of its epochs.
+
+    Args:
+        setting: the setting; everything is trained on.
+        seed: of the training.
+        cache: where they are kept.
+        count: how many of the last.
+
+    Returns:
+        Models in evaluation mode, the fully trained one last.
+    """
     file = _file(setting, seed, cache)
     if not file.is_file():
-        started = time.perf_counter()
-        model = train(setting, torch.arange(setting.n), seed)
-        seconds = time.perf_counter() - started
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        state = {name: value for name, value in model.state_dict().items() if name not in frozen}
+        ends = [max(1, round(setting.epochs * i / THIRDS)) for i in range(1, THIRDS + 1)]
+        models = _stages(setting, torch.arange(setting.n), seed, ends)
+        frozen = {name for name, p in models[0].named_parameters() if not p.requires_grad}
+        states = [
+            {name: value for name, value in model.state_dict().items() if name not in frozen}
+            for model in models
+        ]
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save({"state": state, "seconds": seconds}, file)
-        return model
-    torch.manual_seed(seed)
-    model = setting.model()
-    kept = torch.load(file, weights_only=True)  # tensors and a number, written above
-    model.load_state_dict(kept["state"], strict=False)
-    return model.to(setting.train[0].device).eval()
-
-
-def training_seconds(setting: Setting, seed: int, cache: Path) -> float:
-    """How long the training of a cached model took."""
-    return torch.load(_file(setting, seed, cache), weights_only=True)["seconds"]
+        torch.save(states, file)
+        return models[-count:]
+    found = []
+    for state in torch.load(file, weights_only=True)[-count:]:  # tensors, written above
+        torch.manual_seed(seed)
+        model = setting.model()
+        model.load_state_dict(state, strict=False)
+        found.append(model.to(setting.train[0].device).eval())
+    return found
 
 
 def _file(setting: Setting, seed: int, cache: Path) -> Path:
     labels = setting.train[-1].cpu().numpy()
     tag = hashlib.sha1(labels.tobytes()).hexdigest()[:8]  # flipped labels make another model
     name = setting.name.replace(" ", "_").replace(",", "")
-    return cache / f"{name}-{setting.n}-{setting.epochs}-{tag}-{seed}.pt"
+    return cache / f"{name}-{setting.n}-{setting.epochs}-{tag}-{seed}-thirds.pt"
 
 
 def halves(setting: Setting, count: int, cache: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,9 @@ samples with large gradients have large scores for every target; each method als
 damping (RelatIF, arXiv 2003.11630), which is the cosine where nothing is damped. Beside scores
 of gradients stand similarities of the model's own embeddings (mean of its last hidden layer) and of
 the embeddings of a pretrained encoder (MiniLM), and chance. Each seed trains another model and
-draws another projection. The damping of each method is the one that is best on average over the
-other seeds, for the first and for the first ten.
+draws another projection. Rows "3 checkpoints" add up the scores of the model as it was after each
+third of its one training; the others have the trained model alone. The damping of each method is
+the one that is best on average over the other seeds, for the first and for the first ten.
 
     python benchmarks/crosssource.py               # small setting, about ten minutes
     python benchmarks/crosssource.py --quick       # a minute
@@ -41,15 +42,22 @@ from _study import (
     table,
     write,
 )
-from _training import trained
+from _training import THIRDS, checkpoints
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-EMBEDDINGS = ("own embeddings", "MiniLM embeddings")
+EMBEDDINGS = ("own embeddings", "own embeddings, 3 checkpoints", "MiniLM embeddings")
+# Methods with all checkpoints of the training.
+ENSEMBLES = {
+    f"{name}, 3 checkpoints": name
+    for name in ("dropout", "Gaussian", "no compression", "own embeddings")
+}
 ORDER = (
-    "dropout", "dropout, fold 1", "unit dropout", "weighted dropout", "Gaussian", "SJLT",
-    "no compression", "kronfluence EK-FAC", "gradient dot product", *EMBEDDINGS, "random",
+    "dropout", "dropout, 3 checkpoints", "dropout, fold 1", "unit dropout", "weighted dropout",
+    "Gaussian", "Gaussian, 3 checkpoints", "SJLT", "no compression",
+    "no compression, 3 checkpoints", "kronfluence EK-FAC", "gradient dot product", *EMBEDDINGS,
+    "random",
 )  # fmt: skip
 NORMALIZED = ", normalized"
 _ENCODED: dict[str, Attribution] = {}  # MiniLM's similarities, by setting
@@ -67,13 +75,16 @@ def _similar(train: Tensor, targets: Tensor) -> np.ndarray:
 
 
 def own_embeddings(problem: Problem, k: int) -> Attribution:
-    """Cosine of the mean last hidden states of the model itself."""
+    """Cosine of the mean last hidden states of the model itself, its mean over checkpoints."""
 
     def embed(tokens: Tensor) -> Tensor:
+        parts = tokens.split(problem.batch_size)
         with torch.no_grad():
-            parts = [problem.models[0].gpt_neox(part).last_hidden_state.mean(1)
-                     for part in tokens.split(problem.batch_size)]  # fmt: skip
-        return torch.cat(parts)
+            states = [
+                torch.cat([m.gpt_neox(part).last_hidden_state.mean(1) for part in parts])
+                for m in problem.models
+            ]
+        return torch.cat([torch.nn.functional.normalize(state) for state in states], 1)
 
     with Measured() as measured:
         value = _similar(embed(problem.setting.train[0]), embed(problem.setting.targets[0]))
@@ -113,12 +124,13 @@ def measure(options: argparse.Namespace, cells: Cells) -> tuple[str, ...]:
         (seed, method, k)
         for seed in range(options.seeds)
         for method in chosen(ORDER, options)
-        for k in (options.proj_dims if known[method].sized else [0])
+        for k in (options.proj_dims if known[ENSEMBLES.get(method, method)].sized else [0])
         if not cells.all(seed=seed, method=method, k=k)
     ]
     for seed, method, k in tqdm(todo, desc="methods"):
-        model = trained(setting, seed, options.cache)
-        found = run(known[method], Problem(setting, [model], seed, batch_size=256), k)
+        models = checkpoints(setting, seed, options.cache, THIRDS if method in ENSEMBLES else 1)
+        problem = Problem(setting, models, seed, batch_size=256)
+        found = run(known[ENSEMBLES.get(method, method)], problem, k)
         shares: Row = {"seed": seed, "method": method, "k": k, "normalized": False, "top1": None}
         if found is None:
             cells.add(shares)

@@ -165,6 +165,21 @@ def lds_curvature(found: Results) -> str:
     )
 
 
+def lds_checkpoints(found: Results) -> str:
+    """What three checkpoints do to the score, of that with the last alone, by setting and k."""
+    end = ", 3 checkpoints"
+    of = {(r["method"], r["setting"], r["k"]): r for r in found["rows"]}
+    cells: dict[str, dict[str, str]] = {}
+    for (method, setting, k), row in of.items():
+        single = of.get((method.removesuffix(end), setting, k))
+        if method.endswith(end) and single is not None:
+            gain = ratio(row["lds"], single["lds"])
+            line = cells.setdefault(f"{setting}, k = {k}", {})
+            line[method.removesuffix(end)] = shown(interval(gain["values"]))
+    columns = list(dict.fromkeys(column for line in cells.values() for column in line))
+    return table(list(cells), columns, lambda line, c: cells[line].get(c, ""), "setting")
+
+
 def lds_equal_time(found: Results) -> str:
     """Ratios at equal time, and the verdicts."""
     rows = found["equal_time_summary"]
@@ -359,9 +374,11 @@ def crosssource_verdict(found: Results) -> str:
     """Whether the claims on the first one hold."""
     lines = []
     ends = ", normalized"
-    for scheme in ("dropout", "dropout" + ends):
-        for peer in ("Gaussian", "own embeddings", "MiniLM embeddings"):
-            name = peer + ends if peer == "Gaussian" and scheme.endswith(ends) else peer
+    several = ", 3 checkpoints"
+    for scheme in ("dropout", "dropout" + ends, "dropout" + several, "dropout" + several + ends):
+        # Peers that have checkpoints and are normalized come as our own do.
+        more, end = several * (several in scheme), ends * scheme.endswith(ends)
+        for name in (f"Gaussian{more}{end}", f"own embeddings{more}", "MiniLM embeddings"):
             row = next(
                 (r for r in found["compared"] if (r["scheme"], r["peer"]) == (scheme, name)), None
             )
@@ -494,6 +511,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "lds scores": ("lds", lds_scores),
     "lds equal k": ("lds", lds_equal_k),
     "lds equal time": ("lds", lds_equal_time),
+    "lds checkpoints": ("lds", lds_checkpoints),
     "mislabel auc": ("mislabel", mislabel_auc),
     "mislabel recall": ("mislabel", mislabel_recall),
     "mislabel verdict": ("mislabel", mislabel_verdict),

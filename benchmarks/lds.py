@@ -6,8 +6,9 @@ on digits (loss), a small CNN and an MLP on Fashion-MNIST (TRAK's margin), a cha
 on Python source (loss); ``--settings`` knows a larger CNN as well (``cnn``). Each seed has its own
 checkpoint and projection. The damping of each method is the one that is best on average over the
 other seeds. Time is from the trained model to all scores, each method through its own pipeline. For
-score at equal time, our schemes get the time that the other method took; one that uses several
-checkpoints pays for the training of all but one.
+score at equal time, our schemes get the time that the other method took. Rows "3 checkpoints" add
+up the scores of the model as it was after each third of its one training; the others have the
+trained model alone.
 
     python benchmarks/lds.py                       # small setting
     python benchmarks/lds.py --quick               # a minute
@@ -36,7 +37,7 @@ from _study import (
     table,
     write,
 )
-from _training import halves, trained, training_seconds
+from _training import THIRDS, checkpoints, halves
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -45,13 +46,10 @@ from trak_dropout.metrics import linear_datamodeling_score
 # Training samples and targets where the setting's own would take more than the hour that
 # `make benchmarks` has.
 SMALL = {"mlp": (1000, 100), "lm": (600, 100)}
-# Schemes with several checkpoints: what their speed can buy.
+# Methods with all checkpoints of the training, which cost nothing but their own gradients.
 ENSEMBLES = {
-    f"{scheme}, {count} checkpoints": (scheme, count)
-    for scheme in ("dropout", "dropout, loss curvature")
-    for count in (3, 6)
+    f"{name}, 3 checkpoints": name for name in ("Gaussian", "dropout", "dropout, loss curvature")
 }
-FURTHER = max(count for _, count in ENSEMBLES.values())  # models of each seed
 ORDER = (
     "Gaussian", "Gaussian, loss curvature", "SJLT", "dropout", "dropout, fold 1", "unit dropout",
     "weighted dropout", "dropout, loss curvature", *ENSEMBLES,
@@ -76,21 +74,17 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
             if cells.get(setting=name, method=method, k=k, seed=seed) is None
         ]
         for method, k, seed in tqdm(todo, desc=f"{name}: methods"):
-            scheme, count = ENSEMBLES.get(method, (method, 1))
-            models = [trained(setting, FURTHER * seed + i, options.cache) for i in range(count)]
-            found = run(known[scheme], Problem(setting, models, seed), k)
+            stages = THIRDS if method in ENSEMBLES else 1
+            models = checkpoints(setting, seed, options.cache, stages)
+            found = run(known[ENSEMBLES.get(method, method)], Problem(setting, models, seed), k)
             row: Row = {"setting": name, "method": method, "k": k, "seed": seed, "lds": None}
             if found is not None:
                 row["lds"] = {
                     str(d): linear_datamodeling_score(v, masks, outputs)
                     for d, v in found.values.items()
                 }
-                extra = sum(
-                    training_seconds(setting, FURTHER * seed + i, options.cache)
-                    for i in range(1, count)
-                )
                 row |= {
-                    "seconds": found.seconds + extra, "collecting": found.collecting,
+                    "seconds": found.seconds, "collecting": found.collecting,
                     "projecting": found.projecting, "megabytes": found.megabytes,
                 }  # fmt: skip
             cells.add(row)
@@ -98,8 +92,8 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
 
 def dims(method: str, options: argparse.Namespace) -> list[int]:
     """The k of a method, 0 where it has none; dattri's TRAK is Gaussian as well."""
-    if method in ENSEMBLES:
-        return options.proj_dims[-1:]
+    if method in ENSEMBLES:  # of Gaussian, the slowest of all, the least
+        return options.proj_dims[:1] if method.startswith("Gaussian") else options.proj_dims
     if method in OURS:
         return sorted({*options.proj_dims, *options.more_dims})
     if method == "dattri TRAK":
@@ -133,17 +127,18 @@ def summarize(cells: list[Row]) -> list[Row]:
 
 
 def at_equal_k(rows: list[Row]) -> list[Row]:
-    """Ratio of each method to Gaussian at the same k, averaged over settings and k by seed."""
+    """Ratio of each method to Gaussian at the same k, averaged over settings and k by seed.
+
+    Methods with several checkpoints are compared to Gaussian with the same ones.
+    """
     found = []
     cell = {(r["setting"], r["method"], r["k"]): r["lds"] for r in rows}
-    reference = [(s, k) for s, m, k in cell if m == "Gaussian"]
-    for method in dict.fromkeys(
-        r["method"] for r in rows if r["k"] and r["method"] not in ENSEMBLES
-    ):
-        both = [(s, k) for s, k in reference if (s, method, k) in cell]
+    for method in dict.fromkeys(r["method"] for r in rows if r["k"]):
+        peer = "Gaussian, 3 checkpoints" if method in ENSEMBLES else "Gaussian"
+        both = [(s, k) for s, m, k in cell if m == peer and (s, method, k) in cell]
         if not both:
             continue
-        ratios = [ratio(cell[s, method, k], cell[s, "Gaussian", k])["values"] for s, k in both]
+        ratios = [ratio(cell[s, method, k], cell[s, peer, k])["values"] for s, k in both]
         by_seed = [statistics.mean(part) for part in zip(*ratios, strict=True)]
         each = {f"{s}, k = {k}": statistics.mean(r) for (s, k), r in zip(both, ratios, strict=True)}
         found.append({"method": method, "of_gaussian": interval(by_seed), "each": each})
