@@ -103,11 +103,15 @@ def dims(method: str, options: argparse.Namespace) -> list[int]:
 
 
 def summarize(cells: list[Row]) -> list[Row]:
-    """Mean and interval over seeds of each method, setting and k."""
+    """Mean and interval over seeds of each method, setting and k.
+
+    What a method could not do for every seed is left out, because ratios are by seed.
+    """
     rows = []
-    keys = dict.fromkeys((c["setting"], c["method"], c["k"]) for c in cells if c["lds"])
-    for setting, method, k in keys:
+    for setting, method, k in dict.fromkeys((c["setting"], c["method"], c["k"]) for c in cells):
         here = [c for c in cells if (c["setting"], c["method"], c["k"]) == (setting, method, k)]
+        if not all(c["lds"] for c in here):
+            continue
         by_damping = [c["lds"] for c in here]
         common = set.intersection(*(set(v) for v in by_damping))
         by_damping = [{d: v for d, v in one.items() if d in common} for one in by_damping]

@@ -23,9 +23,9 @@ from _study import HERE
 
 # Studies that may run at the same time, with the minutes that each takes on a core.
 ROUNDS: tuple[dict[str, int], ...] = (
-    {"lds": 18},
+    {"lds": 15},
     {"mislabel": 10},
-    {"crosssource": 12, "retrain": 12},
+    {"crosssource": 24, "retrain": 12},
     {"scale": 6},
 )
 STUDIES = [name for together in ROUNDS for name in together]

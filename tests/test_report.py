@@ -30,13 +30,22 @@ from trak_dropout.report.pictures import COLUMNS, Sheets
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> AttributionStore:
+def collected(folder: Path, proj_dim: int) -> AttributionStore:
     torch.manual_seed(0)
-    collector = GradientCollector(tmp_path_factory.mktemp("run") / "store", proj_dim=64)
+    collector = GradientCollector(folder / "store", proj_dim=proj_dim)
     trainer(callbacks=[collector]).fit(Classifier(mlp()), loader(train_set(), shuffle=True))
     collector.store.add_targets("test", loader(target_set()), progress=False)
     return collector.store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> AttributionStore:
+    return collected(tmp_path_factory.mktemp("run"), 64)
+
+
+@pytest.fixture(scope="module")
+def wide_store(tmp_path_factory: pytest.TempPathFactory) -> AttributionStore:
+    return collected(tmp_path_factory.mktemp("run"), 512)
 
 
 def content(page: Path) -> dict[str, Any]:
@@ -46,10 +55,17 @@ def content(page: Path) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-def test_figures_are_those_of_the_store(store: AttributionStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("which", "curvature"), [("store", "output"), ("store", "loss"), ("wide_store", "loss")]
+)
+def test_figures_are_those_of_the_store(
+    which: str, curvature: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    store: AttributionStore = request.getfixturevalue(which)
     page = tmp_path / "report.html"
+    suspicion = store.self_influence(curvature=curvature)
     wrong = np.zeros(300, dtype=bool)
-    wrong[store.self_influence().argsort()[-20:]] = True
+    wrong[suspicion.argsort()[-20:]] = True
     labels = train_set().tensors[1]
     true = torch.where(torch.from_numpy(wrong), (labels + 1) % 10, labels)
     found = write(
@@ -59,9 +75,9 @@ def test_figures_are_those_of_the_store(store: AttributionStore, tmp_path: Path)
         targets=target_set(),
         chosen=[3, 0],
         per_target=4,
+        curvature=curvature,
     )
-    suspicion = store.self_influence()
-    each = [store.self_influence([m]) for m in store.model_ids]
+    each = [store.self_influence([m], curvature=curvature) for m in store.model_ids]
     shown = content(page)
     assert [s["index"] for s in shown["samples"]] == np.argsort(-suspicion).tolist()
     for sample in shown["samples"]:
@@ -70,7 +86,9 @@ def test_figures_are_those_of_the_store(store: AttributionStore, tmp_path: Path)
         assert sample["across"] == pytest.approx([one[i] for one in each], rel=1e-3)
         assert sample["label"] == str(int(labels[i]))
         assert (sample["truth"] != sample["label"]) == wrong[i]
-    scores = store.attribute(loader(target_set()), model=mlp_of(store), progress=False)
+    scores = store.attribute(
+        loader(target_set()), model=mlp_of(store), curvature=curvature, progress=False
+    )
     for target, number in zip(shown["targets"], [3, 0], strict=True):
         column = scores[:, number]
         assert target["index"] == number
@@ -284,13 +302,14 @@ def test_command_line(
                                      "def train():\n    return beside.train_set()\n")  # fmt: skip
     out = tmp_path / "sub/report.html"
     arguments = ["report", str(store.save_dir), "--out", str(out), "--json", "--target", "7"]
-    arguments += ["--model-ids", "1", "--damping", "0.5"]
+    arguments += ["--model-ids", "1", "--damping", "0.5", "--curvature", "loss"]
     arguments += ["--data", f"{tmp_path}/own.py:train", "--targets", f"test={tmp_path}/own.py:test"]
     assert main(arguments) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["targets"] == 1
     assert found["checkpoints"] == [1]
-    assert found["suspects"][:9] == np.argsort(-store.self_influence([1], 0.5))[:9].tolist()
+    suspicion = store.self_influence([1], 0.5, curvature="loss")
+    assert found["suspects"][:9] == np.argsort(-suspicion)[:9].tolist()
     assert found["page"] == str(out)
     (target,) = content(out)["targets"]
     assert target["index"] == 7

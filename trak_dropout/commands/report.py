@@ -16,6 +16,8 @@ import json
 import sys
 from pathlib import Path
 
+from trak_dropout.curvature import CURVATURES
+
 EXTRA = "report"
 
 
@@ -56,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--damping", default=None, help="relative damping, a number or auto (default: auto)"
     )
+    parser.add_argument(
+        "--curvature",
+        choices=CURVATURES,
+        default="output",
+        help="gradients of which the inverted matrix is made (default: output, as TRAK has it)",
+    )
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
 
 
@@ -88,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
         gallery=options.gallery,
         model_ids=options.model_ids,
         damping=damping,
+        curvature=options.curvature,
         progress=sys.stderr.isatty(),
     )
     if options.json:

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.curvature import curved
+from trak_dropout.rowfile import IncompleteStoreError, RowFile
 from trak_dropout.scoring import DampedScoreComputer
+from trak_dropout.shards import Shards
 from trak_dropout.store import FeatureFiles, Store
-from trak_dropout.streaming import gram_of
+from trak_dropout.streaming import DEFAULT_MEMORY, gram_of
 
 _WIDEST_SPECTRUM = 6144
 _BLOCK_ROWS = 4096
@@ -81,7 +84,10 @@ class Checkpoint:
 
 
 def checkpoints(
-    files: FeatureFiles, computer: DampedScoreComputer, spectra_of: Sequence[int]
+    files: FeatureFiles,
+    computer: DampedScoreComputer,
+    spectra_of: Sequence[int],
+    curvature: str = "output",
 ) -> list[Checkpoint]:
     """Look at every checkpoint of a store, whether complete or not.
 
@@ -89,6 +95,7 @@ def checkpoints(
         files: the store.
         computer: damps as scores are damped.
         spectra_of: the checkpoints that scores use; the spectrum is taken of these.
+        curvature: which matrix scores invert.
 
     Returns:
         The checkpoints, ascending.
@@ -104,7 +111,7 @@ def checkpoints(
             rows = files.file(m, "grads")
             zero = sum(int((~block.any(dim=1)).sum()) for _, block in rows.blocks(_BLOCK_ROWS))
             if min(rows.shape) <= _WIDEST_SPECTRUM:
-                gram = gram_of(computer, rows)
+                gram = gram_of(computer, _curved(files, m, curvature)[0])
                 spectrum = Spectrum(
                     torch.linalg.eigvalsh(gram).flip(0).cpu().numpy(),
                     computer.ridge(gram, *rows.shape, scale=files.scale(m)),
@@ -140,6 +147,7 @@ def scores_across(
     targets: Sequence[int],
     samples: NDArray[np.int64],
     model_ids: Sequence[int],
+    curvature: str = "output",
 ) -> NDArray[np.float64]:
     """Compute single scores at each checkpoint; their means are those of `top_influences`.
 
@@ -150,6 +158,7 @@ def scores_across(
         targets: ``T`` of the targets.
         samples: training samples for each of them, ``(T, s)``.
         model_ids: the checkpoints, ``C``.
+        curvature: which matrix is inverted.
 
     Returns:
         ``(C, T, s)``.
@@ -157,7 +166,7 @@ def scores_across(
     result = np.zeros((len(model_ids), *samples.shape))
     weight = np.mean([files.file(m, "out_to_loss").rows()[:, 0].numpy() for m in model_ids], 0)
     for row, m in zip(result, model_ids, strict=True):
-        rows = files.file(m, "grads")
+        rows, factors = _curved(files, m, curvature)
         n, k = rows.shape
         factor = computer.decompose(gram_of(computer, rows), n, k, scale=files.scale(m))
         whole = rows.rows().to(computer.device, torch.float64) if k > n else None
@@ -169,5 +178,10 @@ def scores_across(
             else:
                 grads = torch.cat([rows.rows(i, i + 1) for i in wanted.tolist()]).double()
                 scores[:] = grads @ vector
-            scores *= weight[wanted]
+            scores *= weight[wanted] / factors[wanted].numpy()
     return result
+
+
+def _curved(files: FeatureFiles, model_id: int, curvature: str) -> tuple[RowFile, Tensor]:
+    shards = Shards(None, len(files.file(model_id, "grads")))
+    return curved(files, model_id, curvature, shards, DEFAULT_MEMORY)

@@ -63,6 +63,7 @@ def write(
     table: Table | None = None,
     model_ids: Iterable[int] | None = None,
     damping: float | str | None = None,
+    curvature: str = "output",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Write a store's report: one HTML page that fetches nothing from outside.
@@ -90,6 +91,7 @@ def write(
         model_ids: the checkpoints to average; all complete ones when None.
         damping: relative damping; when None, that of the TRAKer's `DampedScoreComputer`, else
             ``"auto"``.
+        curvature: ``"output"`` or ``"loss"``, as for `self_influence`.
         progress: whether to show progress bars.
 
     Returns:
@@ -121,16 +123,18 @@ def write(
     others = {name: _fitting(name, values, n) for name, values in (compare or {}).items()}
 
     bar = tqdm(total=4, desc="Reading the store", disable=not progress)
-    value = self_influence(store, ids, damping)
+    value = self_influence(store, ids, damping, curvature=curvature)
     each = (
-        np.stack([self_influence(store, [m], damping) for m in ids])
+        np.stack([self_influence(store, [m], damping, curvature=curvature) for m in ids])
         if len(ids) > 1
         else value[None]
     )
     bar.update()
-    states = checkpoints(files, computer, ids)
+    states = checkpoints(files, computer, ids, curvature)
     bar.update()
-    explained = _explain(store, ids, exp_name, targets, chosen, min(per_target, n), damping)
+    explained = _explain(
+        store, ids, exp_name, targets, chosen, min(per_target, n), damping, curvature
+    )
     bar.update()
 
     order = np.argsort(-value, kind="stable")
@@ -183,7 +187,9 @@ def write(
         across=_across(names, each, order, train),
         health=_health(states, n),
         checkpoints=[_row(state, files, state.model_id in ids) for state in states],
-        settings=_settings(files, computer.damping if not computer.lambda_reg else "absolute"),
+        settings=_settings(
+            files, computer.damping if not computer.lambda_reg else "absolute", curvature
+        ),
     )
     text = render(page).encode()
     with replacing(Path(out)) as file:
@@ -250,6 +256,7 @@ def _explain(
     chosen: Sequence[int] | None,
     count: int,
     damping: float | str | None,
+    curvature: str,
 ) -> _Targets | None:
     """Find what explains the chosen targets; None where the store has none."""
     files, computer = files_and_computer(store, damping)
@@ -280,10 +287,13 @@ def _explain(
             raise ValueError(f"chosen: target {number} of {size} (they count from 0)")
     if not numbers:
         return None
-    helpful, helpful_values = top_influences(store, exp_name, count, model_ids=ids, damping=damping)
-    harmful, harmful_values = top_influences(
-        store, exp_name, count, harmful=True, model_ids=ids, damping=damping
-    )
+    (helpful, helpful_values), (harmful, harmful_values) = (
+        top_influences(
+            store, exp_name, count,
+            harmful=sign, model_ids=ids, damping=damping, curvature=curvature,
+        )
+        for sign in (False, True)
+    )  # fmt: skip
     both = np.concatenate([helpful[numbers], harmful[numbers]], axis=1)
     return _Targets(
         numbers,
@@ -291,7 +301,7 @@ def _explain(
         harmful[numbers],
         helpful_values[numbers],
         harmful_values[numbers],
-        scores_across(files, computer, exp_name, numbers, both, ids),
+        scores_across(files, computer, exp_name, numbers, both, ids, curvature),
     )
 
 
@@ -460,8 +470,8 @@ def _row(state: Checkpoint, files: FeatureFiles, used: bool) -> dict[str, str]:
     }
 
 
-def _settings(files: FeatureFiles, damping: float | str) -> dict[str, str]:
-    found = {"damping": str(damping)}
+def _settings(files: FeatureFiles, damping: float | str, curvature: str) -> dict[str, str]:
+    found = {"damping": str(damping), "curvature": curvature}
     if isinstance(files, Store):
         s = files.settings
         found |= {
