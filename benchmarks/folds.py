@@ -10,7 +10,8 @@ the projection.
     python benchmarks/folds.py              # an hour on 2 cores; trained halves are kept
     python benchmarks/folds.py --quick      # a minute: fewer of everything
 
-What the results hold already, for the same numbers of halves and so on, is not measured again.
+What the results hold already, for the same numbers of halves and so on, is not measured again: they
+are written after each seed, and more seeds add to them.
 
 Fashion-MNIST: Debian's dataset-fashion-mnist, or --fashion-mnist DIR with its four .gz files.
 """
@@ -32,7 +33,6 @@ from _settings import Setting, load
 from _training import halves, train
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 from trak.projectors import BasicProjector
 
 from trak_dropout import DenseGradientComputer, DropoutProjector
@@ -40,13 +40,33 @@ from trak_dropout.metrics import linear_datamodeling_score
 
 HERE = Path(__file__).parent
 DAMPINGS = (1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-FOLDS = (1, 2, 4, 8, 16, 32, 64)
+FOLDS = (1, 2, 4, 8, 16, 32)
 SCHEMES: dict[str, tuple[str, int] | None] = {
     "Gaussian": None,
     **{f"dropout, fold {fold}": ("dropout", fold) for fold in FOLDS},
     **{f"unit, fold {fold}": ("unit_dropout", fold) for fold in (1, 16)},
     **{f"weighted, fold {fold}": ("weighted_dropout", fold) for fold in FOLDS},
 }
+
+
+def gradients(setting: Setting, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Whole gradients of training samples and after them of targets, ``(n + m, p)``.
+
+    Returns:
+        The gradients, and the out-to-loss gradients of training samples.
+    """
+    computer = DenseGradientComputer(model, setting.task)
+    samples = [torch.cat(pair) for pair in zip(setting.train, setting.targets, strict=True)]
+    grads = torch.empty(len(samples[0]), sum(q.numel() for q in model.parameters()))
+    out_to_loss = []
+    at = 0
+    for batch in zip(*(part.split(350) for part in samples), strict=True):
+        vectors = computer.compute_per_sample_grad(batch)
+        size = len(batch[0])
+        torch.cat([v.detach().flatten(1) for v in vectors.values()], 1, out=grads[at : at + size])
+        out_to_loss.append(computer.compute_loss_grad(batch))
+        at += size
+    return grads, torch.cat(out_to_loss)[: len(setting.train[0])]
 
 
 def features(
@@ -56,47 +76,32 @@ def features(
     seed: int,
     schemes: dict[str, tuple[str, int] | None],
 ) -> Iterator[tuple[str, int, list[Any]]]:
-    """Compress the gradients of all checkpoints by some methods, one pass over the gradients each.
+    """Compress the gradients of all checkpoints by some methods.
 
     Yields:
         Method, k, and for each checkpoint the features of training samples and of targets and the
         out-to-loss gradients.
     """
-    samples = [torch.cat(pair) for pair in zip(setting.train, setting.targets, strict=True)]
     n = len(setting.train[0])
     found: dict[tuple[str, int], list[Any]] = {}
     for model_id, model in enumerate(models):
-        computer = DenseGradientComputer(model, setting.task)
-        p = sum(parameter.numel() for parameter in model.parameters())
-        projectors: dict[tuple[str, int], DropoutProjector] = {
-            (name, k): DropoutProjector.from_model(model, k, seed, chosen[0], fold=chosen[1])
-            for name, chosen in schemes.items()
-            if chosen
-            for k in dims
-        }
-        calibration = [tuple(part[: n : max(1, n // 400)] for part in setting.train)]
-        some = [computer.compute_per_sample_grad(batch) for batch in calibration]
-        for projector in projectors.values():
-            if projector.proj_type == "weighted_dropout":
-                projector.calibrate(some)
-        del some
-        gaussian = BasicProjector(p, max(dims), seed, "normal", "cpu", block_size=256)
-        parts: dict[tuple[str, int], list[Tensor]] = {}
-        out_to_loss = []
-        batches = list(zip(*(part.split(350) for part in samples), strict=True))
-        for batch in tqdm(batches, desc=f"{setting.name}: checkpoint {model_id}", leave=False):
-            grads = computer.compute_per_sample_grad(batch)
-            out_to_loss.append(computer.compute_loss_grad(batch))
-            if "Gaussian" in schemes:
-                dense = gaussian.project(grads, model_id)
+        grads, q = gradients(setting, model)
+        some = grads[: n : max(1, n // 400)]
+        for method, chosen in schemes.items():
+            if chosen is None:
+                gaussian = BasicProjector(
+                    grads.shape[1], max(dims), seed, "normal", "cpu", block_size=256
+                )
+                x = gaussian.project(grads, model_id)
                 for k in dims:  # the first columns of a Gaussian projection are one themselves
-                    parts.setdefault(("Gaussian", k), []).append(dense[:, :k])
-            for key, projector in projectors.items():
-                parts.setdefault(key, []).append(projector.project(grads, model_id))
-        q = torch.cat(out_to_loss)[:n]
-        for key, rows in parts.items():
-            x = torch.cat(rows)
-            found.setdefault(key, []).append((x[:n], x[n:], q))
+                    found.setdefault((method, k), []).append((x[:n, :k], x[n:, :k], q))
+                continue
+            for k in dims:
+                projector = DropoutProjector.from_model(model, k, seed, chosen[0], fold=chosen[1])
+                if chosen[0] == "weighted_dropout":
+                    projector.calibrate([some])
+                x = torch.cat([projector.project(part, model_id) for part in grads.split(350)])
+                found.setdefault((method, k), []).append((x[:n], x[n:], q))
     for (method, k), checkpoints in found.items():
         yield method, k, checkpoints
 
@@ -114,39 +119,64 @@ def scores(checkpoints: list[Any], damping: float, grams: list[Tensor]) -> np.nd
 
 
 def study(
-    setting: Setting, schemes: dict[str, tuple[str, int] | None], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Measure methods in a setting."""
+    setting: Setting, rows: list[dict[str, Any]], options: argparse.Namespace
+) -> Iterator[int]:
+    """Measure all methods in a setting, seed by seed.
+
+    Args:
+        setting: the setting.
+        rows: what is known; added to.
+        options: of the command.
+
+    Yields:
+        Each seed, when it has been added.
+    """
     masks, outputs = halves(setting, options.halves, options.cache)
     everything = torch.arange(len(setting.train[0]))
-    models = [train(setting, everything, seed) for seed in range(options.checkpoints)]
-    found: dict[tuple[str, int], list[dict[float, float]]] = {}
+    models: list[nn.Module] = []
+    here = {(r["method"], r["k"]): r for r in rows if r["setting"] == setting.name}
+
+    def known(method: str, k: int) -> list[dict[str, float]]:
+        return here[method, k]["by_seed"] if (method, k) in here else []
+
     for seed in range(options.seeds):
-        for method, k, checkpoints in features(setting, models, options.proj_dims, seed, schemes):
+        missing = {
+            method: chosen
+            for method, chosen in SCHEMES.items()
+            if any(len(known(method, k)) <= seed for k in options.proj_dims)
+        }
+        if not missing:
+            continue
+        models = models or [train(setting, everything, i) for i in range(options.checkpoints)]
+        for method, k, checkpoints in features(setting, models, options.proj_dims, seed, missing):
             grams = [x.double().T @ x.double() for x, _, _ in checkpoints]
-            by_damping = {
-                damping: linear_datamodeling_score(
-                    scores(checkpoints, damping, grams), masks, outputs
-                )
-                for damping in DAMPINGS
-            }
-            found.setdefault((method, k), []).append(by_damping)
-    rows = []
-    for (method, k), seeds in found.items():
-        mean = {damping: statistics.mean(s[damping] for s in seeds) for damping in DAMPINGS}
-        best = max(mean, key=mean.__getitem__)
-        rows.append(
-            {
-                "setting": setting.name,
-                "k": k,
-                "method": method,
-                "lds": mean[best],
-                "lds_by_seed": [s[best] for s in seeds],
-                "damping": best,
-                "lds_by_damping": mean,
-            }
-        )
-    return rows
+            row = here.setdefault(
+                (method, k),
+                {"setting": setting.name, "k": k, "method": method, "by_seed": []},
+            )
+            row["by_seed"].append(
+                {
+                    str(damping): linear_datamodeling_score(
+                        scores(checkpoints, damping, grams), masks, outputs
+                    )
+                    for damping in DAMPINGS
+                }
+            )
+            row |= at_best(row["by_seed"])
+        rows += [row for row in here.values() if row not in rows]
+        yield seed
+
+
+def at_best(by_seed: list[dict[str, float]]) -> dict[str, Any]:
+    """The score at the damping that is best on average over seeds."""
+    mean = {damping: statistics.mean(s[damping] for s in by_seed) for damping in by_seed[0]}
+    best = max(mean, key=mean.__getitem__)
+    return {
+        "lds": mean[best],
+        "lds_by_seed": [s[best] for s in by_seed],
+        "damping": float(best),
+        "lds_by_damping": mean,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -199,24 +229,22 @@ def main() -> None:
     common = {
         "halves": options.halves,
         "checkpoints": options.checkpoints,
-        "seeds": options.seeds,
         "proj_dims": options.proj_dims,
     }
     kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
     same = {name: kept.get(name) for name in common} == common
-    rows: list[dict[str, Any]] = kept["rows"] if same else []
+    rows = [r for r in kept["rows"] if "by_seed" in r and r["method"] in SCHEMES] if same else []
     for name in options.settings:
         size = (300, 20) if options.quick else ()
         setting = load(name, *size, folder=options.fashion_mnist)
         started = time.perf_counter()
-        known = {row["method"] for row in rows if row["setting"] == setting.name}
-        missing = {name: chosen for name, chosen in SCHEMES.items() if name not in known}
-        rows += study(setting, missing, options) if missing else []
-        rows.sort(key=lambda row: list(SCHEMES).index(row["method"]))
-        print(f"{setting.name}: {time.perf_counter() - started:.0f} s", flush=True)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**common, "rows": rows}, indent=1) + "\n")
-        draw(rows, options.out.with_suffix(".png"))
+        for seed in study(setting, rows, options):
+            rows.sort(key=lambda row: list(SCHEMES).index(row["method"]))
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            content = {**common, "seeds": options.seeds, "rows": rows}
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
+            print(f"{setting.name}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+    draw(rows, options.out.with_suffix(".png"))
     print(f"\nLDS at the best damping\n{table(rows)}\n\nwritten to {options.out}")
 
 
