@@ -14,7 +14,9 @@ import _measure
 import _methods
 import _settings
 import _study
+import _training
 import document
+import folds
 import mislabel
 import numpy as np
 import pytest
@@ -47,6 +49,40 @@ def test_spectrum_is_the_damped_solve(n: int, k: int) -> None:
     torch.testing.assert_close(spectrum.self_influence(ridge), leverages, rtol=1e-4, atol=1e-6)
     auto = automatic_ridge(gram if k <= n else x.double() @ x.double().T, n, k)
     assert spectrum.ridge("auto") == pytest.approx(auto, rel=1e-4)
+
+
+def test_checkpoints_are_stages_of_one_training(tmp_path: Path) -> None:
+    setting = dataclasses.replace(_settings.digits(60, 5), epochs=6)
+    stages = _training.checkpoints(setting, 3, tmp_path)
+    for model, epochs in zip(stages, (2, 4, 6), strict=True):
+        shorter = dataclasses.replace(setting, epochs=epochs)
+        alone = _training.train(shorter, torch.arange(60), 3).state_dict()
+        again = _training.checkpoints(setting, 3, tmp_path)[epochs // 2 - 1].state_dict()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, alone[name])
+            assert torch.equal(value, again[name])
+    last = _training.trained(setting, 3, tmp_path).state_dict()
+    assert all(torch.equal(v, last[name]) for name, v in stages[-1].state_dict().items())
+
+
+def test_more_seeds_of_folds_add_to_those_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = dataclasses.replace(_settings.digits(60, 5), epochs=2)
+    monkeypatch.setattr(folds, "SCHEMES", {"Gaussian": None, "uniform": ("dropout", 2)})
+    options = argparse.Namespace(
+        halves=4, checkpoints=1, proj_dims=[8, 16], seeds=1, cache=tmp_path
+    )
+    rows: list[dict] = []
+    assert list(folds.study(setting, rows, options)) == [0]
+    first = [dict(row["by_seed"][0]) for row in rows]
+    options.seeds = 2
+    assert list(folds.study(setting, rows, options)) == [1]
+    assert len(rows) == 4
+    assert [row["by_seed"][0] for row in rows] == first
+    afresh: list[dict] = []
+    assert list(folds.study(setting, afresh, options)) == [0, 1]
+    assert afresh == rows
 
 
 def test_damping_is_chosen_on_the_other_seeds() -> None:
