@@ -155,9 +155,14 @@ def lds_equal_k(found: Results) -> str:
     )
 
 
-def lds_curvature(found: Results) -> str:
-    """What the curvature of losses does to the score, of that with TRAK's, by setting and k."""
-    end = ", loss curvature"
+def gains(found: Results, end: str, scores: dict[str, str]) -> str:
+    """Table of scores of methods whose names end so, over those of the methods without it.
+
+    Args:
+        found: the results.
+        end: of the names.
+        scores: the key of a score, by what its column is called beside the method.
+    """
     of = {(r["method"], r["setting"], r["k"]): r for r in found["rows"]}
     cells: dict[str, dict[str, str]] = {}
     for (method, setting, k), row in of.items():
@@ -165,28 +170,22 @@ def lds_curvature(found: Results) -> str:
         if not method.endswith(end) or plain is None:
             continue
         line = cells.setdefault(f"{setting}, k = {k}", {})
-        for damping, key in (("best", "lds"), ("automatic", "auto")):
+        for name, key in scores.items():
             gain = ratio(row[key], plain[key])
-            line[f"{method.removesuffix(end)}, {damping} damping"] = shown(interval(gain["values"]))
+            line[method.removesuffix(end) + name] = shown(interval(gain["values"]))
     columns = list(dict.fromkeys(column for line in cells.values() for column in line))
-    return f"{machine(found)}\n\n" + table(
-        list(cells), columns, lambda line, c: cells[line].get(c, ""), "setting"
-    )
+    return table(list(cells), columns, lambda line, c: cells[line].get(c, ""), "setting")
+
+
+def lds_curvature(found: Results) -> str:
+    """What the curvature of losses does to the score, of that with TRAK's, by setting and k."""
+    both = {", best damping": "lds", ", automatic damping": "auto"}
+    return f"{machine(found)}\n\n" + gains(found, ", loss curvature", both)
 
 
 def lds_checkpoints(found: Results) -> str:
     """What three checkpoints do to the score, of that with the last alone, by setting and k."""
-    end = ", 3 checkpoints"
-    of = {(r["method"], r["setting"], r["k"]): r for r in found["rows"]}
-    cells: dict[str, dict[str, str]] = {}
-    for (method, setting, k), row in of.items():
-        single = of.get((method.removesuffix(end), setting, k))
-        if method.endswith(end) and single is not None:
-            gain = ratio(row["lds"], single["lds"])
-            line = cells.setdefault(f"{setting}, k = {k}", {})
-            line[method.removesuffix(end)] = shown(interval(gain["values"]))
-    columns = list(dict.fromkeys(column for line in cells.values() for column in line))
-    return table(list(cells), columns, lambda line, c: cells[line].get(c, ""), "setting")
+    return gains(found, ", 3 checkpoints", {"": "lds"})
 
 
 def lds_equal_time(found: Results) -> str:
