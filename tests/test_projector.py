@@ -329,3 +329,22 @@ def test_calibrate_takes_a_loader() -> None:
         projector.calibrate([gradients(convnet())])
     with pytest.raises(ValueError, match="calibrate with gradients of this model"):
         DropoutProjector(9, 3).set_statistics(projector.statistics[None])
+
+
+@pytest.mark.parametrize("fold", [1, 4])
+def test_threads_do_not_change_a_row(fold: int) -> None:
+    grads = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    projector = DropoutProjector(300, 16, fold=fold)
+    dense = torch.zeros(300, 16, dtype=torch.float64)
+    mask = projector.mask(0)
+    dense[mask.coordinates, mask.columns] = torch.as_tensor(mask.weights)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(projector.project(grads, 0))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0].double(), grads.double() @ dense, rtol=1e-5, atol=1e-4)

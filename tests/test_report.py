@@ -24,6 +24,7 @@ from trak_dropout.attribution import AttributionStore
 from trak_dropout.cli import main
 from trak_dropout.lightning import GradientCollector
 from trak_dropout.report import Example, Examples, Table, write
+from trak_dropout.report.analysis import checkpoints as look_at
 from trak_dropout.report.examples import clipped, pixels, shown
 from trak_dropout.report.pictures import COLUMNS, Sheets
 
@@ -103,6 +104,24 @@ def test_figures_are_those_of_the_store(
     assert found["auc"] == metrics.mislabel_auc(suspicion, wrong) == 1
     assert found["bytes"] == page.stat().st_size < 1e6
     assert found["warnings"] == []
+
+
+def test_the_spectrum_is_of_the_matrix_that_scores_invert(store: AttributionStore) -> None:
+    computer = td.DampedScoreComputer(device="cpu")
+    m = store.model_ids[0]
+    x = np.array(store.file(m, "grads").rows(), np.float64)
+    q = np.abs(np.array(store.file(m, "out_to_loss").rows(), np.float64)[:, 0])
+    for curvature, weight in (
+        ("output", np.ones(len(x))),
+        ("loss", q / np.linalg.norm(x, axis=1)),
+    ):
+        gram = (x * weight[:, None]).T @ x
+        gram *= (x**2).sum() / gram.trace()
+        state = look_at(store, computer, [m], curvature)[0]
+        assert state.spectrum is not None
+        expected = np.linalg.eigvalsh(gram)[::-1]
+        tolerance = 1e-3 * expected[0]  # the smallest q are raised
+        np.testing.assert_allclose(state.spectrum.eigenvalues, expected, atol=tolerance)
 
 
 def mlp_of(store: AttributionStore) -> Classifier:

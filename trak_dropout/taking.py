@@ -149,7 +149,7 @@ class Kept:
             return
         if block.is_contiguous():
             flat = block.view(len(block), block.shape[1:].numel())
-            if flat.is_cpu and torch.get_num_threads() == 1:  # faster, but never on more threads
+            if flat.is_cpu and torch.get_num_threads() == 1:  # faster there, but uses one only
                 taken = flat.index_select(1, self.flat)
             else:
                 taken = flat.gather(1, self.flat.expand(len(block), -1))
