@@ -118,8 +118,10 @@ class Recorder:
     def __init__(
         self, parameters: Sequence[str], sink: Callable[[str, Factor], None] | None = None
     ) -> None:
-        self.factors: dict[str, list[Factor]] = {name: [] for name in parameters}
-        self.keep = sink or (lambda name, factor: self.factors[name].append(factor))
+        factors: dict[str, list[Factor]] = {name: [] for name in parameters}
+        self.factors = factors
+        # A function that held this object would hold the batch until Python's collector comes by.
+        self.keep = sink or (lambda name, factor: factors[name].append(factor))
         self.leaves: list[Tensor] = []
         self.lowest = torch.float64
         self.recording = True
