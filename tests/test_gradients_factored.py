@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import weakref
 from typing import Any
@@ -555,6 +556,30 @@ def test_streamed_factors_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     computer.compute_into(batch, shares)
     assert len(seen) == 16
     assert max(alive) <= 2  # those of one layer
+
+
+@TASKS
+@pytest.mark.parametrize("build", [mlp, convnet])
+def test_a_batch_is_freed_without_pythons_collector(build: Any, task: Any) -> None:
+    model, batch = build().eval(), images(5, torch.float32)
+    computers = FactoredGradientComputer(model, task), td.DenseGradientComputer(model, task)
+    projector = td.DropoutProjector.from_model(model, 64, 0)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):  # the first one is checked as well
+            for computer in computers:
+                projector.project(computer.compute_per_sample_grad(batch), 0)
+                computer.compute_loss_grad(batch)
+            computers[0].compute_into(batch, projector.shares(0, "cpu"))
+        gc.set_debug(gc.DEBUG_SAVEALL)  # what only the collector would have freed
+        gc.collect()
+        held = [value.shape for value in gc.garbage if isinstance(value, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not held
 
 
 # --- what must not give wrong numbers -----------------------------------------------------------
