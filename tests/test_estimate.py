@@ -8,6 +8,7 @@ import pytest
 import torch
 from _measure import peak_of_tensors
 from torch import Tensor, nn
+from trak.modelout_functions import ImageClassificationModelOutput
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from trak_dropout import CausalLMOutput, DropoutProjector, FactoredGradientComputer
@@ -94,7 +95,26 @@ def test_a_model_is_counted() -> None:
     assert work.tokens == 1
     assert work.largest == 1440
     assert work.factors == (64 + 144) + (144 + 10)
-    assert work.graph == 64 + 144 + 10  # the activation and the flattening hold nothing new
+    # The activation and the flattening hold nothing new; on the way back two gradients meet there.
+    assert work.graph == 64 + 144 + 10 + 2 * 144
+
+
+@pytest.mark.parametrize(("samples", "fold"), [(4, 16), (64, 16), (16, 1)])
+def test_tensors_of_single_positions_are_counted(samples: int, fold: int) -> None:
+    def build() -> nn.Module:
+        layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1000), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(1000, 10)).eval()
+
+    def make() -> Callable[[], Tensor]:
+        model = build()
+        computer = FactoredGradientComputer(model, ImageClassificationModelOutput())
+        projector = DropoutProjector.from_model(model, 2048, fold=fold)
+        batch = torch.randn(samples, 784), torch.randint(10, (samples,))
+        return lambda: projector.project(computer.compute_per_sample_grad(batch), 0)
+
+    work = Work.of_model(build(), torch.randn(1, 784))
+    found = estimate(work, SPEED, samples, 2048, fold=fold, batch_size=samples, targets=1)
+    assert found.tensors / 2**20 == pytest.approx(peak_of_tensors(make), rel=0.25)
 
 
 def test_linear_in_samples() -> None:

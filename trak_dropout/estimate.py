@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trak_dropout.gradients import FactoredGradientComputer
-from trak_dropout.gradients.factors import DEFAULT_BUDGET
+from trak_dropout.gradients.factors import DEFAULT_BUDGET, PIECE
 from trak_dropout.masks import DEFAULT_FOLD
 from trak_dropout.outputs import CausalLMOutput
 from trak_dropout.projector import DropoutProjector
@@ -113,7 +113,7 @@ class Work:
             The counts.
         """
         seen: set[int] = set()
-        counts = {"multiply_adds": 0, "factors": 0, "graph": 0, "tokens": 1}
+        counts = {"multiply_adds": 0, "factors": 0, "graph": 0, "tokens": 1, "back": 0}
 
         def hook(module: nn.Module, given: tuple[object, ...], output: object) -> None:
             tensors = [value for value in given if isinstance(value, Tensor)]
@@ -124,6 +124,8 @@ class Work:
                 counts["graph"] += value.numel() if place not in seen else 0
                 seen.add(place)
                 alive.append(value)
+            # Their gradients, which exist together while it flows back through this layer.
+            counts["back"] = max(counts["back"], tensors[0].numel() + output.numel())
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.ndim > 1:  # of vectors gradients are formed
                 counts["factors"] += tensors[0].numel() + output.numel()
@@ -149,7 +151,7 @@ class Work:
             counts["multiply_adds"],
             counts["tokens"],
             counts["factors"],
-            counts["graph"],
+            counts["graph"] + counts["back"],
             max(sizes),
         )
 
@@ -247,6 +249,9 @@ def estimate(
     largest = work.largest or work.parameters
     taken = min(k * fold, work.parameters) * largest / work.parameters
     taking = 4 * batch_size * min(2 * taken * work.tokens, largest + taken)
+    if work.multiply_adds <= work.parameters and fold > 1:  # a table, read piece by piece
+        values = 2 * 4 * batch_size * min(k * fold, work.parameters)
+        taking = min(values, 2 * PIECE) + 4 * batch_size * (work.factors + k)
     batch = bytes_of_weight * batch_size * work.factors + batch_size * k * 4
     batch += max(bytes_of_weight * batch_size * work.graph, min(taking, DEFAULT_BUDGET / 2))
     process = batch

@@ -266,8 +266,10 @@ class Singles:
             table = self._table(vectors, part, dtype)
             most = max(1, PIECE // (table.shape[1] * table.itemsize))
             for left, right, bags in self._cut(most):
-                values = table.index_select(0, left).mul_(table.index_select(0, right))
-                bags.add_to(out[part].T, values)
+                # Given no name: the last piece is gone before the next is made.
+                bags.add_to(
+                    out[part].T, table.index_select(0, left).mul_(table.index_select(0, right))
+                )
 
     def _table(self, vectors: Sequence[Vectors], part: slice, dtype: torch.dtype) -> Tensor:
         """All vectors of some samples below each other, ``(height, b)``."""
