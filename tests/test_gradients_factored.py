@@ -956,6 +956,28 @@ def test_samples_that_meet_at_other_weights_only() -> None:
     )
 
 
+def test_a_weight_read_behind_its_layer_at_other_weights_only() -> None:
+    torch.manual_seed(0)
+
+    def reading(net: Any, x: Tensor) -> Tensor:
+        hidden = net.inner(x).tanh()
+        if net.out.bias[0] > 0:
+            hidden = nn.functional.linear(hidden, net.inner.weight)
+        return net.out(hidden)
+
+    model = Net(reading, inner=nn.Linear(3, 3), out=nn.Linear(3, 2)).double().eval()
+    nn.init.constant_(model.out.bias, -1.0)
+    batch = (noise(9, 3), noise(9, 2))
+    projector = td.DropoutProjector.from_model(model, 12, 1, dtype=torch.float64)
+    computer = FactoredGradientComputer(model, SQUARES)
+    for bias in (-1.0, -1.5, 1.0, 1.5, -1.0):
+        nn.init.constant_(model.out.bias, bias)
+        computer.load_model_params(model)
+        rows = projector.finish(computer.compute_into(batch, projector.shares(0, "cpu")), 0)
+        expected = oracle(model, SQUARES, batch)
+        torch.testing.assert_close(rows, projector.project(expected, 0))
+
+
 def test_zero_gradients_and_other_models_are_checked_again() -> None:
     torch.manual_seed(0)
 

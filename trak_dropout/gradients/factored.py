@@ -46,7 +46,6 @@ _LOG = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _CHECKED = 32
 _FEW = 2  # samples on which ways are found where factors are not to be held
-_PART = 8  # of a batch one in so many is run by itself, to see that samples stay apart
 
 
 class FactoredGradientComputer(DenseGradientComputer):
@@ -78,8 +77,8 @@ class FactoredGradientComputer(DenseGradientComputer):
             for the others, and nothing flows back further than needed.
         self_check: compare some coordinates with autograd, and see that the samples of a batch stay
             apart: on the first batch, on the first with samples of another shape or with other
-            weights (in `compute_into` on an eighth of it then), and on the second, fourth, eighth
-            ... batch of each shape.
+            weights (in `compute_into` by two samples alone then), and on the second, fourth,
+            eighth ... batch of each shape.
         exact: names of parameters to be formed exactly whatever rules there are.
         batched: whether to run whole batches where the task allows it.
         budget: bytes that taking coordinates may use for intermediate values at a time.
@@ -169,7 +168,8 @@ class FactoredGradientComputer(DenseGradientComputer):
         """Compute compressed gradients, taken as they flow back, so that no factors are held.
 
         The first samples of a batch serve to find the ways and to compare with autograd; whether
-        samples stay apart is seen on whole batches, as by `compute_per_sample_grad`.
+        samples stay apart is seen on whole batches, as by `compute_per_sample_grad`. For other
+        weights two samples of the whole batch are compared with autograd of each alone.
 
         Args:
             batch: as for `compute_per_sample_grad`.
@@ -186,13 +186,11 @@ class FactoredGradientComputer(DenseGradientComputer):
         if samples <= _FEW:
             return _taken(self.compute_per_sample_grad(batch), shares, samples)
         key = self._key(batch)
-        known = self._plans.get(key)
-        other = known is not None and self.self_check and not known.checked
-        fresh = known is None or other  # also where what held for other weights does no longer
+        fresh = key not in self._plans
         if fresh:
             self.compute_per_sample_grad([part[:_FEW] for part in batch])
-        new = known is not self._plans[key]
         known = self._plans[key]
+        other = self.self_check and not known.checked  # what held for other weights may not now
         self._refuse_training_statistics()
         if not fresh:
             known.runs += 1
@@ -200,20 +198,24 @@ class FactoredGradientComputer(DenseGradientComputer):
         self._batch = [part.detach() for part in batch]
         try:
             with torch.enable_grad(), _for_gradients(self.model):
-                rows, exact = self._streamed(known, self._batch, shares)
-                if self.self_check and known.batched:
-                    if fresh and not new:
-                        self._check_alone(known, self._batch, shares, rows)
-                    elif known.runs & (known.runs - 1) == 0:
-                        self._check_weighted(known, self._batch, shares, rows)
+                alone = self._alone(known, self._batch, _some(known, samples)) if other else None
+                rows, exact = self._streamed(known, self._batch, shares, alone=alone)
+                if alone is not None:
+                    known.checked = alone.compare(known)
+                again = self.self_check and known.batched and (fresh or not other)
+                if again and known.runs & (known.runs - 1) == 0:
+                    self._check_weighted(known, self._batch, shares, rows)
                 return self._with_formed(rows, exact, shares)
         except torch.OutOfMemoryError:
             raise
-        except FactorError:
-            if not fresh:
+        except FactorError as error:
+            if not fresh and not other:
                 raise
-            # What holds for a few samples does not for all; it is found out on all of them.
+            # What holds for other weights, or for a few samples, does not here: found out anew.
+            _LOG.info("ways are found anew: %s", error)
             del self._plans[key]
+            if not fresh:
+                return self.compute_into(batch, shares)
             return _taken(self.compute_per_sample_grad(batch), shares, samples)
         except Exception as error:
             raise refused(self.modelout_fn, batch, error) from error
@@ -537,13 +539,17 @@ class FactoredGradientComputer(DenseGradientComputer):
         batch: Sequence[Tensor],
         shares: Shares,
         weights: Tensor | None = None,
+        alone: _Alone | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compressed gradients without those formed, and these."""
+        """Compressed gradients without those formed, and these; ``alone`` sees what is found."""
         samples, wanted = len(batch[0]), self._wanted()
         intake = Intake(shares, samples)
 
         def take(name: str, factor: Factor) -> None:
-            intake.add(name, FactoredGradient([factor], samples, wanted[name], self.budget))
+            gradient = FactoredGradient([factor], samples, wanted[name], self.budget)
+            intake.add(name, gradient)
+            if alone is not None and name not in plan.exact:
+                alone.see(name, gradient)
 
         recorder = Recorder(list(wanted), take)
         if plan.batched:
@@ -700,68 +706,30 @@ class FactoredGradientComputer(DenseGradientComputer):
                 "be wrong as well; use batched=False"
             )
 
-    def _check_alone(
-        self, plan: _Plan, batch: Sequence[Tensor], shares: Shares, rows: Tensor
-    ) -> None:
-        """See for other weights if a part of the batch has the same compressed gradients alone.
-
-        Where it does not, which rounding can bring about, `_check_weighted` decides.
-        """
-        few = max(_FEW, -(-len(rows) // _PART))
-        which = torch.randperm(len(rows), generator=torch.Generator().manual_seed(plan.runs))[:few]
-        some = [part[which.to(part.device)] for part in batch]
-        unweighted = torch.ones(few, device=rows.device)
-        try:
-            found, _ = self._streamed(plan, some, shares, unweighted)
-            if not _differ(plan, found, rows[which.to(rows.device)]):
-                return
-        except FactorError as error:
-            _LOG.info("a part of a batch does not run like all of it: %s", error)
-        self._check_weighted(plan, batch, shares, rows)
-
     def _check(self, plan: _Plan, batch: Sequence[Tensor], grads: FactoredGradients) -> None:
-        """Compare coordinates of the first and the last sample with plain autograd."""
+        """Compare the first and the last sample with plain autograd, and see if all stay apart."""
         if plan.batched and len(batch[0]) > 1:
             self._check_apart(plan, batch, grads)
-        plan.checked = True
+        alone = self._alone(plan, batch, sorted({0, len(batch[0]) - 1}))
+        for name, gradient in grads.factored.items():
+            if name not in plan.exact:
+                alone.see(name, gradient)
+        plan.checked = alone.compare(plan)
+
+    def _alone(self, plan: _Plan, batch: Sequence[Tensor], which: Sequence[int]) -> _Alone:
+        """Run some samples by plain autograd."""
         names = [name for name in self._wanted() if name not in plan.exact]
-        for i in sorted({0, len(batch[0]) - 1}):
-            expected = self._autograd_at([part[i] for part in batch], names)
-            overall = max((largest for _, _, largest in expected.values()), default=0.0)
-            if not all(math.isfinite(largest) for _, _, largest in expected.values()):
-                plan.checked = False
-                continue
-            plan.checked &= overall > 0 or not names  # zeros tell nothing
-            for name, (which, values, largest) in expected.items():
-                dtype = self._weights[name].dtype
-                tolerance = _TOLERANCE.get(_least([dtype, plan.lowest]), 0.15)
-                found = torch.zeros_like(values)
-                factored = grads.factored[name]
-                for part, at, taken in factored.take(factored.coordinates(which)):
-                    samples = range(len(batch[0]))[part]
-                    if i in samples:
-                        found[at] += taken[samples.index(i)]
-                error = float((found - values).abs().max())
-                if not error <= tolerance * (largest + 1e-3 * overall):
-                    raise FactorError(
-                        f"the gradient of {name} (sample {i} of the batch) differs from autograd's "
-                        f"by {error:.3g}, where its largest entry is {largest:.3g}. Its "
-                        "layer is not what its rule takes it for, or the output of a sample "
-                        "depends on others, or the model is random in its present mode (call "
-                        f"model.eval()). exact=[{name!r}] forms this gradient without a rule"
-                    )
+        samples = {i: self._autograd_at([part[i] for part in batch], names) for i in which}
+        return _Alone(samples, {name: self._weights[name].dtype for name in names})
 
     def _autograd_at(
         self, sample: Sequence[Tensor], names: Sequence[str]
-    ) -> dict[str, tuple[Tensor, Tensor, float]]:
+    ) -> dict[str, Coordinate]:
         """Some coordinates of one sample's gradients by plain autograd.
 
         Each gradient is let go as it comes: all of them together are as large as the model.
-
-        Returns:
-            By parameter: which coordinates, float64 values, and the size of the largest of all.
         """
-        found: dict[str, tuple[Tensor, Tensor, float]] = {}
+        found: dict[str, Coordinate] = {}
         varied = {
             name: self._weights[name].detach().requires_grad_()
             for name in names
@@ -811,6 +779,65 @@ class _Plan:
         self.lowest = torch.float64
         self.checked = False
         self.runs = 1
+
+
+Coordinate = tuple[Tensor, Tensor, float]
+"""Some coordinates of one sample's gradient of a parameter, which they are and their values in
+float64, and the size of the gradient's largest entry."""
+
+
+class _Alone:
+    """What plain autograd says of some samples, each by itself, and what is found of them.
+
+    Args:
+        samples: by their place in the batch coordinates of each parameter.
+        dtypes: of the parameters.
+    """
+
+    def __init__(
+        self, samples: dict[int, dict[str, Coordinate]], dtypes: dict[str, torch.dtype]
+    ) -> None:
+        self._samples, self._dtypes = samples, dtypes
+        self._found = {
+            i: {name: torch.zeros_like(values) for name, (_, values, _) in expected.items()}
+            for i, expected in samples.items()
+        }
+
+    def see(self, name: str, gradient: FactoredGradient) -> None:
+        """Take note of a contribution to the batch's gradients of a parameter."""
+        for i, expected in self._samples.items():
+            if name not in expected:
+                continue
+            for part, at, taken in gradient.take(gradient.coordinates(expected[name][0])):
+                samples = range(len(gradient))[part]
+                if i in samples:
+                    self._found[i][name][at] += taken[samples.index(i)]
+
+    def compare(self, plan: _Plan) -> bool:
+        """Return whether all is as it should be and there was something to see.
+
+        Raises:
+            FactorError: something differs.
+        """
+        checked = True
+        for i, expected in self._samples.items():
+            overall = max((largest for _, _, largest in expected.values()), default=0.0)
+            if not all(math.isfinite(largest) for _, _, largest in expected.values()):
+                checked = False
+                continue
+            checked &= overall > 0 or not self._dtypes  # zeros tell nothing
+            for name, (_, values, largest) in expected.items():
+                tolerance = _TOLERANCE.get(_least([self._dtypes[name], plan.lowest]), 0.15)
+                error = float((self._found[i][name] - values).abs().max())
+                if not error <= tolerance * (largest + 1e-3 * overall):
+                    raise FactorError(
+                        f"the gradient of {name} (sample {i} of the batch) differs from autograd's "
+                        f"by {error:.3g}, where its largest entry is {largest:.3g}. Its "
+                        "layer is not what its rule takes it for, or the output of a sample "
+                        "depends on others, or the model is random in its present mode (call "
+                        f"model.eval()). exact=[{name!r}] forms this gradient without a rule"
+                    )
+        return checked
 
 
 def _run_again(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> dict[str, Factor]:
@@ -870,6 +897,12 @@ def _backward(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
         torch.zeros_like(value) if grad is None else grad
         for value, grad in zip(inputs, grads, strict=True)
     ]
+
+
+def _some(plan: _Plan, samples: int) -> list[int]:
+    """A few samples of a batch, others each time."""
+    generator = torch.Generator().manual_seed(plan.runs)
+    return torch.randperm(samples, generator=generator)[:_FEW].tolist()
 
 
 def _weights_of(samples: int, device: torch.device) -> Tensor:
