@@ -312,7 +312,7 @@ def retrain_loss(found: Results) -> str:
     o = found["options"]
     parts = [
         f"{machine(found)} {o['groups']} groups of at most {o['size']} targets of one label, "
-        f"{o['checkpoints']} checkpoints, k = {o['proj_dim']}, {o['retrains']} "
+        f"scores of {o['trainings']} trainings, k = {o['proj_dim']}, {o['retrains']} "
         f"training{'s' if o['retrains'] > 1 else ''} for each group, share and seed."
     ]
     for setting in dict.fromkeys(r["setting"] for r in found["rows"]):
@@ -352,7 +352,10 @@ def retrain_verdict(found: Results) -> str:
                 ("random", "more than random"),
                 ("random, same label", "more than random samples of the same label"),
                 ("Gaussian", "at least as much as by Gaussian's"),
+                ("Gaussian, 3 checkpoints", "at least as much as by Gaussian's with 3 checkpoints"),
             ):
+                if peer.endswith("checkpoints") and not scheme.endswith("checkpoints"):
+                    continue  # three times the gradients
                 value = of.get((scheme, peer, setting, None))
                 if value is None:
                     continue
@@ -360,7 +363,7 @@ def retrain_verdict(found: Results) -> str:
                 seen = f"Difference in loss {shown(value)}."
                 lines.append(
                     as_much(claim, value, clear, seen)
-                    if peer == "Gaussian"
+                    if peer.startswith("Gaussian")
                     else verdict(claim, *above(value, 0), seen)
                 )
     return "\n".join(lines)

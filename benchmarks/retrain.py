@@ -1,7 +1,8 @@
 """Retraining without the most influential samples (the paper's second task), against peers.
 
 Targets come in groups of one class, or one source of text. For each group training samples are
-ranked by the sum of their scores, averages over several checkpoints, for the group's targets. The
+ranked by the sum of their scores, averages over several trainings, for the group's targets; rows "3
+checkpoints" add up the scores of each training's model as it was after each third of its epochs. The
 first of them are removed, the model is trained again, and the group's mean loss tells how much they
 mattered. All methods are trained again with the same seeds, so that their differences, and those to
 a training from which nothing is removed, are paired. Two floors: random samples, and random samples
@@ -10,7 +11,7 @@ Fashion-MNIST, and a GPT-NeoX model of bytes on six sources of text. `--least` r
 helpful samples instead. Retraining for each damping would cost too much to choose it, so every
 method that damps takes the rule `damping="auto"`, which sees the method's own gradients only.
 
-    python benchmarks/retrain.py                   # small setting, about ten minutes
+    python benchmarks/retrain.py                   # small setting, about 15 minutes
     python benchmarks/retrain.py --quick           # a minute
     python benchmarks/retrain.py --settings cifar10 --n 50000 --groups 10 --size 100 --device cuda
 """
@@ -37,14 +38,16 @@ from _study import (
     table,
     write,
 )
-from _training import train, trained
+from _training import THIRDS, checkpoints, train
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 NOTHING, RANDOM, SAME = "nothing removed", "random", "random, same label"
 FLOORS = (RANDOM, SAME)
+# With the checkpoints of each training, instead of the trained models alone.
+ENSEMBLES = {f"{name}, 3 checkpoints": name for name in ("dropout", "Gaussian")}
 # Any method of `_methods.methods` that scores targets will do; these are run by default.
-ORDER = ("dropout", "Gaussian", *FLOORS)
+ORDER = ("dropout", *ENSEMBLES, "Gaussian", *FLOORS)
 
 
 def labels_of(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,9 +104,14 @@ def rankings(
         of_train, of_targets = (labels.cpu().numpy() for labels in labels_of(setting))
         own = [of_train[order] == of_targets[group[0]] for group in groups]
         return [np.concatenate([order[same], order[~same]]) for same in own]
-    count = options.checkpoints
-    models = [trained(setting, count * seed + i, options.cache) for i in range(count)]
-    found = run(methods()[method], Problem(setting, models, seed, batch_size=100), options.proj_dim)
+    count, stages = options.trainings, THIRDS if method in ENSEMBLES else 1
+    models = [
+        model
+        for i in range(count)
+        for model in checkpoints(setting, count * seed + i, options.cache, stages)
+    ]
+    known = methods()[ENSEMBLES.get(method, method)]
+    found = run(known, Problem(setting, models, seed, batch_size=100), options.proj_dim)
     if found is None:
         return None
     values = found.values.get("auto", next(iter(found.values.values())))
@@ -274,7 +282,7 @@ def main() -> None:
     options_parser.add_argument("--shares", nargs="+", type=float, default=[0.04, 0.08])
     options_parser.add_argument("--groups", type=int, default=4, help="groups of targets")
     options_parser.add_argument("--size", type=int, default=10, help="targets in a group")
-    options_parser.add_argument("--checkpoints", type=int, default=3, help="averaged by scores")
+    options_parser.add_argument("--trainings", type=int, default=3, help="averaged by scores")
     options_parser.add_argument("--retrains", type=int, default=1, help="trainings of each seed")
     options_parser.add_argument("--proj-dim", type=int, default=2048)
     options_parser.add_argument("--n", type=int, help="training samples")
@@ -282,7 +290,7 @@ def main() -> None:
     options = options_parser.parse_args()
     if options.quick:
         options.settings, options.shares, options.seeds = ["resnet9"], [0.1], 2
-        options.groups, options.size, options.checkpoints, options.proj_dim = 2, 5, 1, 128
+        options.groups, options.size, options.trainings, options.proj_dim = 2, 5, 1, 128
     cells = Cells(options, "retrain")
     measure(options, cells)
     rows = summarize(cells.used)

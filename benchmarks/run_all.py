@@ -25,7 +25,7 @@ from _study import HERE
 ROUNDS: tuple[dict[str, int], ...] = (
     {"lds": 15},
     {"mislabel": 10},
-    {"crosssource": 24, "retrain": 12},
+    {"crosssource": 24, "retrain": 15},
     {"scale": 6},
 )
 STUDIES = [name for together in ROUNDS for name in together]

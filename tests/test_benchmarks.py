@@ -249,7 +249,7 @@ def test_groups_are_targets_of_one_label() -> None:
     assert not set(groups[0].tolist()) & set(groups[10].tolist())
     with pytest.raises(MissingError, match="too few targets"):
         retrain.groups_of(setting, 200, 5)
-    options = argparse.Namespace(checkpoints=1)
+    options = argparse.Namespace(trainings=1)
     orders = retrain.rankings(setting, retrain.SAME, 0, groups, options)
     assert orders is not None
     for group, order in zip(groups, orders, strict=True):
