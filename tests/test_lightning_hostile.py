@@ -21,7 +21,7 @@ from trak_dropout import StoreMismatchError, open_store
 from trak_dropout._files import allocate_matrix, remove_leftovers
 from trak_dropout.lightning import GradientCollector
 from trak_dropout.lightning.lock import StoreInUseError, StoreLock
-from trak_dropout.lightning.rows import RowWriter
+from trak_dropout.lightning.rows import RowWriter, _Matrix
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -350,6 +350,32 @@ def test_row_writer_notes_what_is_written(tmp_path: Path) -> None:
     assert not grads[:4].any()
     assert not grads[6:].any()
     assert flags.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0]
+
+
+def test_row_writer_tells_of_a_full_disk_at_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    for name, shape in (("grads", (9, 3)), ("out_to_loss", (9, 1)), ("_is_featurized", (9,))):
+        allocate_matrix(tmp_path / f"{name}.mmap", shape, np.float32)
+    whole, rows = _Matrix.write, (torch.rand(2, 3), torch.ones(2, 1))
+
+    def failing(self: _Matrix, start: int, values: Any) -> None:
+        if start == 4:
+            raise OSError(28, "No space left on device")
+        whole(self, start, values)
+
+    monkeypatch.setattr(_Matrix, "write", failing)
+    for last in (False, True):  # told by the next rows, or by the commit
+        writer = RowWriter(tmp_path)
+        writer.write(2, *rows)
+        writer.write(4, *rows)
+        with pytest.raises(OSError, match="No space left"):
+            writer.commit() if last else writer.write(6, *rows)
+        writer.commit()
+        writer.close()
+        assert np.load(tmp_path / "_is_featurized.mmap").tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 0]
 
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:

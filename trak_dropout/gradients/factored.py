@@ -722,9 +722,7 @@ class FactoredGradientComputer(DenseGradientComputer):
         samples = {i: self._autograd_at([part[i] for part in batch], names) for i in which}
         return _Alone(samples, {name: self._weights[name].dtype for name in names})
 
-    def _autograd_at(
-        self, sample: Sequence[Tensor], names: Sequence[str]
-    ) -> dict[str, Coordinate]:
+    def _autograd_at(self, sample: Sequence[Tensor], names: Sequence[str]) -> dict[str, Coordinate]:
         """Some coordinates of one sample's gradients by plain autograd.
 
         Each gradient is let go as it comes: all of them together are as large as the model.

@@ -24,8 +24,10 @@ class RowWriter:
 
     Several processes may write different rows of the same files. Plain writes instead of a memory
     map: a full disk is an error then and not a signal that kills the process, and written pages do
-    not count as its memory. A row is noted as featurized only after it has reached the disk, which
-    is waited for in the background; what fails there is raised by the next call.
+    not count as its memory. They run in the background, one at a time: taking pages for what is
+    written can cost as much as computing it. A row is noted as featurized only after it has reached
+    the disk, which is waited for in the background as well; what fails there is raised by the next
+    call.
 
     Args:
         directory: the checkpoint's directory, with its files at full length.
@@ -40,7 +42,8 @@ class RowWriter:
         if len({file.rows for file in (*self._files, self._flags)}) != 1:
             raise IncompleteStoreError(f"the files in {directory} differ in their number of rows")
         self._pending: list[tuple[int, int]] = []
-        self._disk = ThreadPoolExecutor(1, "rows of a store")
+        self._disk = ThreadPoolExecutor(2, "rows of a store")
+        self._writing: Future[None] | None = None
         self._committing: Future[None] | None = None
         self._failed = False
         self._committed = time.monotonic()
@@ -50,16 +53,19 @@ class RowWriter:
 
         Args:
             start: the first row.
-            grads: ``(B, proj_dim)``.
+            grads: ``(B, proj_dim)``; may be read until the next call.
             out_to_loss: ``(B, 1)``.
 
         Raises:
             ValueError: a row cannot be held by the files' type.
             OSError: the disk is full, or the like.
         """
-        for file, values in zip(self._files, (grads, out_to_loss.float()), strict=True):
-            given = values.cpu().numpy()
-            file.write(start, storable(given, file.dtype, file.path.name))
+        stored = [
+            storable(values.cpu().numpy(), file.dtype, file.path.name)
+            for file, values in zip(self._files, (grads, out_to_loss.float()), strict=True)
+        ]
+        self._end_writing()
+        self._writing = self._disk.submit(self._put, start, stored)
         self._pending.append((start, len(grads)))
         if time.monotonic() - self._committed > _COMMIT_SECONDS:
             self._begin_commit()
@@ -75,11 +81,27 @@ class RowWriter:
         for file in (*self._files, self._flags):
             file.close()
 
+    def _put(self, start: int, stored: list[NDArray]) -> None:
+        for file, values in zip(self._files, stored, strict=True):
+            file.write(start, values)
+
+    def _end_writing(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            try:
+                writing.result()
+            except BaseException:
+                del self._pending[-1:]  # none is left where a commit has failed as well
+                raise
+
     def _begin_commit(self) -> None:
         self._end_commit()
-        pending, self._pending = self._pending, []
-        if pending and not self._failed:
-            self._committing = self._disk.submit(self._note, pending)
+        try:
+            self._end_writing()
+        finally:
+            pending, self._pending = self._pending, []
+            if pending and not self._failed:
+                self._committing = self._disk.submit(self._note, pending)
 
     def _end_commit(self) -> None:
         committing, self._committing = self._committing, None
