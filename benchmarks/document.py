@@ -471,6 +471,24 @@ def scale_verdict(found: Results) -> str:
     return "\n".join(lines)
 
 
+def compressing(found: Results) -> str:
+    """Time, process memory and tensors of a batch's compressed gradients, of a plain step's."""
+    shares = ("time", "of_plain"), ("process", "memory_of_plain"), ("tensors", "tensors_of_plain")
+    of = {(r["setting"], r["method"]): r for r in found["rows"] if r["of_plain"] != 1.0}
+    settings = list(dict.fromkeys(setting for setting, _ in of))
+    columns = {f"{s}: {word}": (s, key) for s in settings for word, key in shares}
+
+    def cell(method: str, column: str) -> str:
+        setting, key = columns[column]
+        value = of.get((setting, method), {}).get(key)
+        return "" if value is None else f"{value:.2f}"
+
+    names = list(dict.fromkeys(method for _, method in of))
+    return f"{found['device']}, {found['threads']} threads, {found['dtype']}.\n\n" + table(
+        names, list(columns), cell, "of a plain step"
+    )
+
+
 def collecting(found: Results) -> str:
     """What a collection costs, by model and fold, and whether it is what was asked."""
     rows = {f"{r['setting']}, fold {r['fold']}": r for r in found["rows"]}
@@ -533,6 +551,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "scale verdict": ("scale", scale_verdict),
     "curvature gain": ("lds", lds_curvature),
     "curvature on the larger cnn": ("lds_cnn", lds_curvature),
+    "batch cost": ("featurize", compressing),
     "callback cost": ("callback", collecting),
     "training cost": ("training_mode", epochs),
     "lds picture": picture("lds", "Score over time"),
