@@ -1,15 +1,15 @@
 """Retraining without the most influential samples (the paper's second task), against peers.
 
 Targets come in groups of one class, or one source of text. For each group training samples are
-ranked by the sum of their scores, averages over several trainings, for the group's targets; rows
-"3 checkpoints" add up the scores of each training's model as it was after each third of its epochs.
+ranked by the sum of their scores, averages over several trainings, for the group's targets; rows "3
+checkpoints" add up the scores of each training's model as it was after each third of its epochs.
 The first samples are removed, the model is trained again, and the group's mean loss tells how much
-they mattered. All methods are trained again with the same seeds, so that their differences, and those to
-a training from which nothing is removed, are paired. Two floors: random samples, and random samples
-of the group's own class, which tells what knowing the label alone would do. A narrow ResNet-9 on
-Fashion-MNIST, and a GPT-NeoX model of bytes on six sources of text. `--least` removes the least
-helpful samples instead. Retraining for each damping would cost too much to choose it, so every
-method that damps takes the rule `damping="auto"`, which sees the method's own gradients only.
+they mattered. All methods are trained again with the same seeds, so that their differences, and
+those to a training from which nothing is removed, are paired. Two floors: random samples, and
+random samples of the group's own class, which tells what knowing the label alone would do. A narrow
+ResNet-9 on Fashion-MNIST, and a GPT-NeoX model of bytes on six sources of text. `--least` removes
+the least helpful samples instead. Retraining for each damping would cost too much to choose it, so
+every method that damps takes the rule `damping="auto"`, which sees the method's own gradients only.
 
     python benchmarks/retrain.py                   # small setting, about 15 minutes
     python benchmarks/retrain.py --quick           # a minute
