@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 THIRDS = 3  # checkpoints that a training leaves
+SEVERAL = f", {THIRDS} checkpoints"  # ends the names of methods that take all of them
+
+
+def stages_of(name: str) -> tuple[str, int]:
+    """Return a method's name without `SEVERAL`, and how many checkpoints of a training it takes."""
+    method = name.removesuffix(SEVERAL)
+    return method, 1 if method == name else THIRDS
 
 
 def train(setting: Setting, rows: Tensor, seed: int) -> nn.Module:

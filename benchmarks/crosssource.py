@@ -42,14 +42,13 @@ from _study import (
     table,
     write,
 )
-from _training import THIRDS, checkpoints
+from _training import checkpoints, stages_of
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 EMBEDDINGS = ("own embeddings", "own embeddings, 3 checkpoints", "MiniLM embeddings")
 # Methods with all checkpoints of the training.
-ENSEMBLES = {f"{name}, 3 checkpoints": name for name in ("dropout", "Gaussian", "own embeddings")}
 ORDER = (
     "dropout", "dropout, 3 checkpoints", "dropout, fold 1", "unit dropout", "weighted dropout",
     "Gaussian", "Gaussian, 3 checkpoints", "SJLT", "no compression", "kronfluence EK-FAC",
@@ -120,13 +119,14 @@ def measure(options: argparse.Namespace, cells: Cells) -> tuple[str, ...]:
         (seed, method, k)
         for seed in range(options.seeds)
         for method in chosen(ORDER, options)
-        for k in (options.proj_dims if known[ENSEMBLES.get(method, method)].sized else [0])
+        for k in (options.proj_dims if known[stages_of(method)[0]].sized else [0])
         if not cells.all(seed=seed, method=method, k=k)
     ]
     for seed, method, k in tqdm(todo, desc="methods"):
-        models = checkpoints(setting, seed, options.cache, THIRDS if method in ENSEMBLES else 1)
+        base, stages = stages_of(method)
+        models = checkpoints(setting, seed, options.cache, stages)
         problem = Problem(setting, models, seed, batch_size=256)
-        found = run(known[ENSEMBLES.get(method, method)], problem, k)
+        found = run(known[base], problem, k)
         shares: Row = {"seed": seed, "method": method, "k": k, "normalized": False, "top1": None}
         if found is None:
             cells.add(shares)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from _study import FORMATS, HERE, Row, interval, ratio, shown, table
+from _training import SEVERAL
 
 PAGES = [
     HERE.parent / "docs" / f"{name}.md"
@@ -185,7 +186,7 @@ def lds_curvature(found: Results) -> str:
 
 def lds_checkpoints(found: Results) -> str:
     """What three checkpoints do to the score, of that with the last alone, by setting and k."""
-    return gains(found, ", 3 checkpoints", {"": "lds"})
+    return gains(found, SEVERAL, {"": "lds"})
 
 
 def lds_equal_time(found: Results) -> str:
@@ -352,9 +353,9 @@ def retrain_verdict(found: Results) -> str:
                 ("random", "more than random"),
                 ("random, same label", "more than random samples of the same label"),
                 ("Gaussian", "at least as much as by Gaussian's"),
-                ("Gaussian, 3 checkpoints", "at least as much as by Gaussian's with 3 checkpoints"),
+                (f"Gaussian{SEVERAL}", "at least as much as by Gaussian's with 3 checkpoints"),
             ):
-                if peer.endswith("checkpoints") and not scheme.endswith("checkpoints"):
+                if peer.endswith(SEVERAL) and not scheme.endswith(SEVERAL):
                     continue  # three times the gradients
                 value = of.get((scheme, peer, setting, None))
                 if value is None:
@@ -385,10 +386,9 @@ def crosssource_verdict(found: Results) -> str:
     """Whether the claims on the first one hold."""
     lines = []
     ends = ", normalized"
-    several = ", 3 checkpoints"
-    for scheme in ("dropout", "dropout" + ends, "dropout" + several, "dropout" + several + ends):
+    for scheme in ("dropout", "dropout" + ends, "dropout" + SEVERAL, "dropout" + SEVERAL + ends):
         # Peers that have checkpoints and are normalized come as our own do.
-        more, end = several * (several in scheme), ends * scheme.endswith(ends)
+        more, end = SEVERAL * (SEVERAL in scheme), ends * scheme.endswith(ends)
         for name in (f"Gaussian{more}{end}", f"own embeddings{more}", "MiniLM embeddings"):
             row = next(
                 (r for r in found["compared"] if (r["scheme"], r["peer"]) == (scheme, name)), None
@@ -474,7 +474,9 @@ def scale_verdict(found: Results) -> str:
 def compressing(found: Results) -> str:
     """Time, process memory and tensors of a batch's compressed gradients, of a plain step's."""
     shares = ("time", "of_plain"), ("process", "memory_of_plain"), ("tensors", "tensors_of_plain")
-    of = {(r["setting"], r["method"]): r for r in found["rows"] if r["of_plain"] != 1.0}
+    of = {
+        (r["setting"], r["method"]): r for r in found["rows"] if not r["method"].startswith("plain")
+    }
     settings = list(dict.fromkeys(setting for setting, _ in of))
     columns = {f"{s}: {word}": (s, key) for s in settings for word, key in shares}
 

@@ -37,7 +37,7 @@ from _study import (
     table,
     write,
 )
-from _training import THIRDS, checkpoints, halves
+from _training import SEVERAL, checkpoints, halves, stages_of
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -46,13 +46,11 @@ from trak_dropout.metrics import linear_datamodeling_score
 # Training samples and targets where the setting's own would take more than the hour that
 # `make benchmarks` has.
 SMALL = {"mlp": (1000, 100), "lm": (600, 100)}
-# Methods with all checkpoints of the training, which cost nothing but their own gradients.
-ENSEMBLES = {
-    f"{name}, 3 checkpoints": name for name in ("Gaussian", "dropout", "dropout, loss curvature")
-}
+# Further checkpoints of a training cost nothing but their own gradients.
 ORDER = (
     "Gaussian", "Gaussian, loss curvature", "SJLT", "dropout", "dropout, fold 1", "unit dropout",
-    "weighted dropout", "dropout, loss curvature", *ENSEMBLES,
+    "weighted dropout", "dropout, loss curvature", f"Gaussian{SEVERAL}",
+    f"dropout{SEVERAL}", f"dropout, loss curvature{SEVERAL}",
     "no compression", "kronfluence EK-FAC", "dattri influence function",
     "dattri TRAK", "gradient dot product", "random",
 )  # fmt: skip
@@ -74,9 +72,9 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
             if cells.get(setting=name, method=method, k=k, seed=seed) is None
         ]
         for method, k, seed in tqdm(todo, desc=f"{name}: methods"):
-            stages = THIRDS if method in ENSEMBLES else 1
+            base, stages = stages_of(method)
             models = checkpoints(setting, seed, options.cache, stages)
-            found = run(known[ENSEMBLES.get(method, method)], Problem(setting, models, seed), k)
+            found = run(known[base], Problem(setting, models, seed), k)
             row: Row = {"setting": name, "method": method, "k": k, "seed": seed, "lds": None}
             if found is not None:
                 row["lds"] = {
@@ -92,7 +90,7 @@ def measure(options: argparse.Namespace, cells: Cells) -> None:
 
 def dims(method: str, options: argparse.Namespace) -> list[int]:
     """The k of a method, 0 where it has none; dattri's TRAK is Gaussian as well."""
-    if method in ENSEMBLES:  # of Gaussian, the slowest of all, the least
+    if method.endswith(SEVERAL):  # of Gaussian, the slowest of all, the least
         return options.proj_dims[:1] if method.startswith("Gaussian") else options.proj_dims
     if method in OURS:
         return sorted({*options.proj_dims, *options.more_dims})
@@ -138,7 +136,7 @@ def at_equal_k(rows: list[Row]) -> list[Row]:
     found = []
     cell = {(r["setting"], r["method"], r["k"]): r["lds"] for r in rows}
     for method in dict.fromkeys(r["method"] for r in rows if r["k"]):
-        peer = "Gaussian, 3 checkpoints" if method in ENSEMBLES else "Gaussian"
+        peer = f"Gaussian{SEVERAL}" if method.endswith(SEVERAL) else "Gaussian"
         both = [(s, k) for s, m, k in cell if m == peer and (s, method, k) in cell]
         if not both:
             continue

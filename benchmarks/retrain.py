@@ -38,16 +38,14 @@ from _study import (
     table,
     write,
 )
-from _training import THIRDS, checkpoints, train
+from _training import SEVERAL, checkpoints, stages_of, train
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 NOTHING, RANDOM, SAME = "nothing removed", "random", "random, same label"
 FLOORS = (RANDOM, SAME)
-# With the checkpoints of each training, instead of the trained models alone.
-ENSEMBLES = {f"{name}, 3 checkpoints": name for name in ("dropout", "Gaussian")}
 # Any method of `_methods.methods` that scores targets will do; these are run by default.
-ORDER = ("dropout", *ENSEMBLES, "Gaussian", *FLOORS)
+ORDER = ("dropout", f"dropout{SEVERAL}", f"Gaussian{SEVERAL}", "Gaussian", *FLOORS)
 
 
 def labels_of(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,14 +102,14 @@ def rankings(
         of_train, of_targets = (labels.cpu().numpy() for labels in labels_of(setting))
         own = [of_train[order] == of_targets[group[0]] for group in groups]
         return [np.concatenate([order[same], order[~same]]) for same in own]
-    count, stages = options.trainings, THIRDS if method in ENSEMBLES else 1
+    method, stages = stages_of(method)
+    count = options.trainings
     models = [
         model
         for i in range(count)
         for model in checkpoints(setting, count * seed + i, options.cache, stages)
     ]
-    known = methods()[ENSEMBLES.get(method, method)]
-    found = run(known, Problem(setting, models, seed, batch_size=100), options.proj_dim)
+    found = run(methods()[method], Problem(setting, models, seed, batch_size=100), options.proj_dim)
     if found is None:
         return None
     values = found.values.get("auto", next(iter(found.values.values())))

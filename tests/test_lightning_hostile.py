@@ -352,8 +352,9 @@ def test_row_writer_notes_what_is_written(tmp_path: Path) -> None:
     assert flags.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("last", [False, True])
 def test_row_writer_tells_of_a_full_disk_at_the_next_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bool
 ) -> None:
     import torch
 
@@ -367,15 +368,14 @@ def test_row_writer_tells_of_a_full_disk_at_the_next_call(
         whole(self, start, values)
 
     monkeypatch.setattr(_Matrix, "write", failing)
-    for last in (False, True):  # told by the next rows, or by the commit
-        writer = RowWriter(tmp_path)
-        writer.write(2, *rows)
-        writer.write(4, *rows)
-        with pytest.raises(OSError, match="No space left"):
-            writer.commit() if last else writer.write(6, *rows)
-        writer.commit()
-        writer.close()
-        assert np.load(tmp_path / "_is_featurized.mmap").tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 0]
+    writer = RowWriter(tmp_path)
+    writer.write(2, *rows)
+    writer.write(4, *rows)
+    with pytest.raises(OSError, match="No space left"):  # by the next rows, or by the commit
+        writer.commit() if last else writer.write(6, *rows)
+    writer.commit()
+    writer.close()
+    assert np.load(tmp_path / "_is_featurized.mmap").tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 0]
 
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
