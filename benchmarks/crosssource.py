@@ -48,7 +48,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 EMBEDDINGS = ("own embeddings", "own embeddings, 3 checkpoints", "MiniLM embeddings")
-# Methods with all checkpoints of the training.
 ORDER = (
     "dropout", "dropout, 3 checkpoints", "dropout, fold 1", "unit dropout", "weighted dropout",
     "Gaussian", "Gaussian, 3 checkpoints", "SJLT", "no compression", "kronfluence EK-FAC",
