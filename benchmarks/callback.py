@@ -2,10 +2,10 @@
 
 An MLP and ResNet-9 on Fashion-MNIST and a GPT-NeoX language model on source code are trained by a
 Trainer, for a few steps at a time. After them, in turn, it (a) runs forward and backward over the
-data as training steps do, without the optimizer, and (b) collects, for each fold: a pass over the
-same data, in batches of the collector's choice, that writes compressed gradients and weights.
+data as training steps do, without the optimizer, and (b) collects, for each projection: a pass over
+the same data, in batches of the collector's choice, that writes compressed gradients and weights.
 Ratios are medians over rounds, by the clock and by the process's processor time. Memory is the peak
-of what a training process holds, with the collector (at the default fold) and without, each in a
+of what a training process holds, with the collector (at its defaults) and without, each in a
 process of its own.
 
     python benchmarks/callback.py            # about ten minutes on 2 cores
@@ -44,6 +44,13 @@ from trak_dropout.masks import DEFAULT_FOLD
 
 RESULTS = Path(__file__).parent / "results"
 LENGTH = 64
+DEFAULT = f"fold {DEFAULT_FOLD}"
+PROJECTIONS: dict[str, tuple[str, int]] = {
+    "fold 1": ("dropout", 1),
+    "fold 8": ("dropout", 8),
+    DEFAULT: ("dropout", DEFAULT_FOLD),
+    "weighted, fold 1": ("weighted_dropout", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -139,13 +146,13 @@ class Rounds(pl.Callback):
 
     Args:
         loader: what the plain pass runs over.
-        collectors: by fold.
+        collectors: by projection.
     """
 
-    def __init__(self, loader: DataLoader, collectors: dict[int, GradientCollector]) -> None:
+    def __init__(self, loader: DataLoader, collectors: dict[str, Collector]) -> None:
         self.loader, self.collectors = loader, collectors
         self.plain: list[Times] = []
-        self.collected: dict[int, list[Times]] = {fold: [] for fold in collectors}
+        self.collected: dict[str, list[Times]] = {name: [] for name in collectors}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Module) -> None:
         """Run them; weights, gradients and running statistics are as before."""
@@ -157,12 +164,12 @@ class Rounds(pl.Callback):
         self.plain.append(clock.spent)
         for name, t in pl_module.named_buffers():
             t.copy_(held[name])
-        folds = list(self.collectors)
-        turn = len(self.plain) % len(folds)
-        for fold in folds[turn:] + folds[:turn]:
+        names = list(self.collectors)
+        turn = len(self.plain) % len(names)
+        for name in names[turn:] + names[:turn]:
             with Clock() as clock:
-                self.collectors[fold].collect_now(trainer, pl_module)
-            self.collected[fold].append(clock.spent)
+                self.collectors[name].collect_now(trainer, pl_module)
+            self.collected[name].append(clock.spent)
 
 
 class Collector(GradientCollector):
@@ -191,14 +198,16 @@ def fit(
     return module
 
 
-def timed(name: str, samples: int, rounds: int, k: int, folds: list[int], store: Path) -> Any:
+def timed(name: str, samples: int, rounds: int, k: int, chosen: list[str], store: Path) -> Any:
     """Time plain passes and collections in turn."""
     setting = SETTINGS[name]
     data = setting.data(samples)
-    collectors = {
-        fold: Collector(store / str(fold), setting.task, k, fold=fold, model="net")
-        for fold in folds
-    }
+    collectors = {}
+    for projection in chosen:
+        scheme, fold = PROJECTIONS[projection]
+        collectors[projection] = Collector(
+            store / projection, setting.task, k, proj_type=scheme, fold=fold, model="net"
+        )
     watch = Rounds(DataLoader(data, setting.batch_size), collectors)
     # The first collection pays for what is set up once: hooks, masks, checks.
     module = fit(name, data, rounds + 1, 4, [*collectors.values(), watch])
@@ -206,12 +215,10 @@ def timed(name: str, samples: int, rounds: int, k: int, folds: list[int], store:
     return watch.plain, watch.collected, parameters, len(data)
 
 
-def memory(name: str, samples: int, k: int, fold: int | None, store: Path) -> float:
-    """Megabytes that training holds at its peak, with collections of a fold or without."""
+def memory(name: str, samples: int, k: int, collecting: bool, store: Path) -> float:
+    """Megabytes that training holds at its peak, with collections or without."""
     setting = SETTINGS[name]
-    collectors = (
-        [] if fold is None else [GradientCollector(store, setting.task, k, fold=fold, model="net")]
-    )
+    collectors = [GradientCollector(store, setting.task, k, model="net")] if collecting else []
     data = setting.data(samples)
     with Measured() as measured:  # reading the data may have taken more
         fit(name, data, 2, None, collectors)
@@ -224,15 +231,17 @@ def apart(call: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(call, arguments)
 
 
-def measure(name: str, samples: int, rounds: int, k: int, folds: list[int]) -> list[dict[str, Any]]:
-    """Measure a setting: a row for each fold."""
+def measure(
+    name: str, samples: int, rounds: int, k: int, chosen: list[str]
+) -> list[dict[str, Any]]:
+    """Measure a setting: a row for each projection."""
     with tempfile.TemporaryDirectory() as scratch:
         plain, collected, parameters, count = apart(
-            timed, name, samples, rounds, k, folds, Path(scratch)
+            timed, name, samples, rounds, k, chosen, Path(scratch)
         )
         with freed_memory_given_back():
-            without = apart(memory, name, samples, k, None, Path(scratch))
-            held = apart(memory, name, samples, k, DEFAULT_FOLD, Path(scratch) / "memory")
+            without = apart(memory, name, samples, k, False, Path(scratch))
+            held = apart(memory, name, samples, k, True, Path(scratch) / "memory")
     peaks = {
         "peak_mb_without": without,
         "peak_mb_with": held,
@@ -240,24 +249,24 @@ def measure(name: str, samples: int, rounds: int, k: int, folds: list[int]) -> l
         "most_memory": 1.15,
     }
     rows = []
-    for fold in folds:
+    for projection in chosen:
         wall, cpu = (
-            [c[i] / p[i] for c, p in zip(collected[fold][1:], plain[1:], strict=True)]
+            [c[i] / p[i] for c, p in zip(collected[projection][1:], plain[1:], strict=True)]
             for i in (0, 1)
         )
         rows.append(
             {
                 "setting": name,
-                "fold": fold,
+                "projection": projection,
                 "parameters": parameters,
                 "samples": count,
                 "proj_dim": k,
                 "plain_seconds": statistics.median(seconds for seconds, _ in plain[1:]),
-                "collect_seconds": statistics.median(s for s, _ in collected[fold][1:]),
-                "first": collected[fold][0][0] / plain[0][0],
+                "collect_seconds": statistics.median(s for s, _ in collected[projection][1:]),
+                "first": collected[projection][0][0] / plain[0][0],
                 **spread(wall, cpu),
                 "most": SETTINGS[name].most,
-                **(peaks if fold == DEFAULT_FOLD else {}),
+                **(peaks if projection == DEFAULT else {}),
             }
         )
     return rows
@@ -268,7 +277,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--proj-dim", type=int, default=2048)
-    parser.add_argument("--folds", nargs="+", type=int, default=sorted({1, 8, DEFAULT_FOLD}))
+    parser.add_argument(
+        "--projections", nargs="+", choices=list(PROJECTIONS), default=list(PROJECTIONS)
+    )
     parser.add_argument("--rounds", type=int, default=9, help="that count")
     parser.add_argument("--quick", action="store_true", help="the MLP, few samples")
     parser.add_argument("--out", type=Path, default=RESULTS / "callback.json")
@@ -278,16 +289,16 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     rows = []
     print(
-        "setting          fold   of a plain pass   from     to  processor  at most   memory"
-        "  at most"
+        "setting          projection       of a plain pass   from     to  processor  at most"
+        "   memory  at most"
     )
     for name in ["MLP"] if options.quick else options.settings:
         samples = 1000 if options.quick else SETTINGS[name].samples
         rounds = 2 if options.quick else options.rounds
-        for row in measure(name, samples, rounds, options.proj_dim, options.folds):
+        for row in measure(name, samples, rounds, options.proj_dim, options.projections):
             rows.append(row)
             print(
-                f"{name:<16} {row['fold']:>4} {row['ratio']:>17.2f} {row['lowest']:>6.2f} "
+                f"{name:<16} {row['projection']:<16} {row['ratio']:>17.2f} {row['lowest']:>6.2f} "
                 f"{row['highest']:>6.2f} {row['cpu_ratio']:>10.2f} {row['most']:>8.2f} "
                 + "".join(
                     f"{row[key]:>9.2f}" for key in ("memory_ratio", "most_memory") if key in row

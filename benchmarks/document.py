@@ -492,8 +492,8 @@ def compressing(found: Results) -> str:
 
 
 def collecting(found: Results) -> str:
-    """What a collection costs, by model and fold, and whether it is what was asked."""
-    rows = {f"{r['setting']}, fold {r['fold']}": r for r in found["rows"]}
+    """What a collection costs, by model and projection, and whether it is what was asked."""
+    rows = {f"{r['setting']}, {r['projection']}": r for r in found["rows"]}
     cells: dict[str, Callable[[Row], str]] = {
         "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M",
         "of a plain pass": lambda r: f"{r['ratio']:.2f}",

@@ -41,9 +41,10 @@ from trak_dropout.metrics import linear_datamodeling_score
 HERE = Path(__file__).parent
 DAMPINGS = (1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 FOLDS = (1, 2, 4, 8, 16, 32)
+LARGE_FOLDS = (64, 128)  # the last keeps every coordinate of these models
 SCHEMES: dict[str, tuple[str, int] | None] = {
     "Gaussian": None,
-    **{f"dropout, fold {fold}": ("dropout", fold) for fold in FOLDS},
+    **{f"dropout, fold {fold}": ("dropout", fold) for fold in (*FOLDS, *LARGE_FOLDS)},
     **{f"unit, fold {fold}": ("unit_dropout", fold) for fold in (1, 16)},
     **{f"weighted, fold {fold}": ("weighted_dropout", fold) for fold in FOLDS},
 }
