@@ -388,6 +388,130 @@ def test_losses_where_samples_meet_are_taken_when_asked_for(tmp_path: Path) -> N
     assert asked.model_ids == [0]
 
 
+class Looker(pl.Callback):
+    """Reads batches of the training loader besides the Trainer."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda trainer, *_: next(iter(trainer.train_dataloader)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_epoch_end"])
+def test_others_may_look_into_the_loader(tmp_path: Path, hook: str, workers: int) -> None:
+    watcher = Watcher()
+    loader = {"num_workers": workers}
+    callbacks = [watcher, Looker(hook), collector(tmp_path)]
+    fit(net, callbacks, loader, max_epochs=2, precision="64-true")
+    check_rows(tmp_path, watcher, 1e-5)
+
+
+def test_a_trainer_may_fit_on(tmp_path: Path) -> None:
+    watcher = Watcher()
+    again = trainer(max_epochs=1, callbacks=[watcher, collector(tmp_path)], precision="64-true")
+    module, loader = Stepper(net()), DataLoader(dataset(), 16, shuffle=True)
+    again.fit(module, loader)
+    again.fit_loop.max_epochs = 2
+    again.fit(module, loader)
+    assert td.open_store(tmp_path).model_ids == [0, 1]
+    check_rows(tmp_path, watcher, 1e-5)
+
+
+class Reused(torch.utils.data.Sampler[Any]):
+    """Yields one buffer again and again."""
+
+    def __iter__(self) -> Any:
+        buffer: list[int] = []
+        for begin in range(0, N, 15):
+            buffer[:] = range(begin, begin + 15)
+            yield buffer
+
+    def __len__(self) -> int:
+        return N // 15
+
+
+def test_a_batch_sampler_may_yield_the_same_buffer(tmp_path: Path) -> None:
+    watcher = Watcher()
+    given = trainer(max_epochs=1, callbacks=[watcher, collector(tmp_path)], precision="64-true")
+    given.fit(Stepper(net()), DataLoader(dataset(), batch_sampler=Reused()))
+    assert td.block_visits(td.open_store(tmp_path), 0).index.tolist() == list(range(N))
+    check_rows(tmp_path, watcher, 1e-5)
+
+
+class Reader(Stepper):
+    """Reads its Trainer and writes to its logger in a training step."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.trainer.current_epoch < self.trainer.max_epochs:
+            self.logger.experiment.append(batch_idx)
+        return super().training_step(batch, batch_idx)
+
+
+class Notes(pl.loggers.logger.DummyLogger):
+    """A logger whose experiment is a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[int] = []
+
+    @property
+    def experiment(self) -> Any:
+        return self.noted
+
+
+def test_a_training_step_may_read_its_trainer(tmp_path: Path) -> None:
+    notes = Notes()
+    trainer(max_epochs=1, logger=notes, callbacks=[collector(tmp_path)]).fit(
+        Reader(net(), "sum"), DataLoader(dataset(), 16)
+    )
+    assert td.open_store(tmp_path).manifest["run"]["reduction"] == "sum"
+    assert notes.noted == [0, 1, 2, 3, 4]  # and nothing of the trial
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_without_the_self_check_the_loss_is_still_known(tmp_path: Path, reduction: str) -> None:
+    fit(net, [collector(tmp_path, self_check=False)], reduction=reduction, max_epochs=1)
+    assert td.open_store(tmp_path).manifest["run"]["reduction"] == reduction
+
+
+class Untried(Stepper):
+    """Cannot be tried by itself."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if len(batch[0]) < 4:
+            torch.rand(1)
+            raise RuntimeError("too few")
+        return super().training_step(batch, batch_idx)
+
+
+def test_where_no_step_can_be_tried_the_user_must_know(tmp_path: Path) -> None:
+    def run(*callbacks: Any) -> tuple[Any, Tensor]:
+        pl.seed_everything(1, verbose=False)
+        module, loader = Untried(restless_net()), DataLoader(dataset(), 16, shuffle=True)
+        trainer(max_epochs=1, callbacks=list(callbacks)).fit(module, loader)
+        return module.state_dict(), torch.get_rng_state()
+
+    with pytest.raises(MisconfigurationException, match=r"too few.*reduction='mean' or 'sum'"):
+        run(collector(tmp_path / "auto"))
+    with pytest.warns(UserWarning, match="could not compare rows beforehand"):
+        weights, state = run(collector(tmp_path / "mean", reduction="mean"))
+    plain, other = run()
+    assert torch.equal(state, other)
+    assert all(map(torch.equal, weights.values(), plain.values()))
+
+
+def test_a_data_set_of_another_size_is_refused_when_it_comes(tmp_path: Path) -> None:
+    class Shrinking(Stepper):
+        def train_dataloader(self) -> Any:
+            return DataLoader(dataset(N - 5 * self.trainer.current_epoch), 16)
+
+    reloading = trainer(
+        max_epochs=2, callbacks=[collector(tmp_path)], reload_dataloaders_every_n_epochs=1
+    )
+    with pytest.raises(MisconfigurationException, match="has 70 samples in epoch 1, 75 when"):
+        reloading.fit(Shrinking(net()))
+    assert td.open_store(tmp_path).model_ids == [0]
+
+
 def test_gradients_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
     class Spoiled(Stepper):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

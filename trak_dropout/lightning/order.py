@@ -21,25 +21,43 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 from torch.utils.data import DataLoader, Sampler
 
 
-class Pass:
-    """The batches of one pass over a loader, as far as the sampler has told."""
+class Pass(Iterator[Any]):
+    """One pass over a batch sampler, which remembers what it has yielded.
 
-    def __init__(self) -> None:
-        self._batches: list[NDArray[np.int64]] = []
+    Args:
+        batches: what the sampler yields.
+    """
 
-    def note(self, indices: Any) -> None:
-        """Take note of the next batch's indices."""
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self._told: list[NDArray[np.int64]] = []
+
+    def __next__(self) -> Any:
+        indices = next(self._batches)
         try:
-            self._batches.append(np.asarray(indices, dtype=np.int64).reshape(-1))
+            # A copy, because a sampler may yield the same buffer again.
+            self._told.append(np.array(indices, dtype=np.int64).reshape(-1))
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(
                 "GradientCollector(mode='training') needs a batch sampler that yields lists of "
                 f"indices, got {indices!r}"
             ) from error
+        return indices
 
     def indices(self, number: int) -> NDArray[np.int64]:
-        """Return the indices of a batch, counted from the beginning of the pass."""
-        return self._batches[number]
+        """Return the indices of a batch, counted from the beginning of the pass.
+
+        Raises:
+            MisconfigurationException: no such batch has been drawn.
+        """
+        if number >= len(self._told):
+            raise MisconfigurationException(
+                f"GradientCollector(mode='training'): batch {number} of the pass over the training "
+                f"loader came although its batch sampler has yielded {len(self._told)} only, so "
+                "its samples are unknown; what iterates over the training loader besides the "
+                "Trainer?"
+            )
+        return self._told[number]
 
 
 class RecordingBatchSampler(Sampler[Any]):
@@ -51,20 +69,10 @@ class RecordingBatchSampler(Sampler[Any]):
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.latest = Pass()
 
     def __iter__(self) -> Iterator[Any]:
         # Begun at once, as by the loader itself: random numbers may be drawn here.
-        return self._told(iter(self.inner), self._begin())
-
-    def _begin(self) -> Pass:
-        self.latest = Pass()
-        return self.latest
-
-    def _told(self, batches: Iterator[Any], into: Pass) -> Iterator[Any]:
-        for indices in batches:
-            into.note(indices)
-            yield indices
+        return Pass(iter(self.inner))
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -126,14 +134,14 @@ def _replace(loader: DataLoader[Any], batch_sampler: Any) -> None:
     loader.__dict__["batch_sampler"] = batch_sampler
 
 
-def latest_pass(loader: Any) -> Pass:
-    """Return the pass that was begun last over a loader that is listened to.
+def check_loader(loader: Any) -> None:
+    """Refuse a training loader that cannot be listened to.
 
     Args:
-        loader: the training loader.
+        loader: the loader.
 
     Raises:
-        MisconfigurationException: it is of a kind that cannot be listened to.
+        MisconfigurationException: it is of such a kind.
     """
     if not isinstance(loader, DataLoader):
         raise MisconfigurationException(
@@ -151,4 +159,26 @@ def latest_pass(loader: Any) -> Pass:
             f"draws them, which {type(loader).__name__} does not promise (in_order=False, or an "
             "__iter__ of its own)"
         )
-    return loader.batch_sampler.latest
+
+
+def pass_in_use(trainer: pl.Trainer) -> Pass:
+    """Return the pass over the training loader that the Trainer's batches come from.
+
+    Not the one that was begun last: others may look into the loader, too.
+
+    Args:
+        trainer: the Trainer, in a training epoch.
+
+    Raises:
+        MisconfigurationException: its loader cannot be listened to.
+    """
+    check_loader(trainer.train_dataloader)
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    (iterator,) = fetcher.combined_loader._iterator.iterators
+    found = getattr(iterator, "_sampler_iter", None)
+    if not isinstance(found, Pass):
+        raise MisconfigurationException(
+            "GradientCollector(mode='training') cannot see which samples a batch of a "
+            f"{type(iterator).__name__} holds; use mode='checkpoint'"
+        )
+    return found

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
 )
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -24,7 +25,7 @@ from trak_dropout.attribution import split_state
 from trak_dropout.gradients import FactorError
 from trak_dropout.gradients.live import CallLayout, LiveGradients, NoRuleError, Reduction
 from trak_dropout.lightning.blocks import BlockWriter, merge, rows_of, same_block, set_aside
-from trak_dropout.lightning.order import Listener, Pass, latest_pass
+from trak_dropout.lightning.order import Listener, Pass, check_loader, pass_in_use
 from trak_dropout.lightning.position import is_trial, position
 from trak_dropout.lightning.processes import Processes
 from trak_dropout.lightning.subject import parameter_names, submodule
@@ -70,7 +71,6 @@ class TrainingRows:
         self._saver: ManifestSaver | None = None
         self._block: _Block | None = None
         self._pass: Pass | None = None
-        self._epoch_of_pass: int | None = None
 
     # --- hooks -----------------------------------------------------------------------------
 
@@ -92,6 +92,11 @@ class TrainingRows:
                 "GradientCollector(mode='training') cannot look into a module that torch.compile "
                 "compiles; train it as it is, or use mode='checkpoint'"
             )
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise MisconfigurationException(
+                "GradientCollector(mode='training') cannot know which samples a training_step that "
+                "takes dataloader_iter reads; take batch, or use mode='checkpoint'"
+            )
         self._listener = Listener(trainer)
 
     def on_train_start(
@@ -104,7 +109,7 @@ class TrainingRows:
     ) -> None:
         """Check module and data, try a step, and open the store."""
         loader: Any = trainer.train_dataloader
-        self._pass, self._epoch_of_pass = latest_pass(loader), None
+        check_loader(loader)
         size = _size_of(loader)
         self._root, self._processes, self._size = root, processes, size
         with processes.together():
@@ -159,9 +164,14 @@ class TrainingRows:
         epoch = trainer.current_epoch
         if self._block is None or self._block.epoch != epoch:
             self._finish_block(trainer)
-            if self._epoch_of_pass is not None:
-                self._pass = latest_pass(trainer.train_dataloader)
-            self._epoch_of_pass = epoch
+            self._pass = pass_in_use(trainer)
+            size = _size_of(trainer.train_dataloader)
+            if size != self._size:
+                raise MisconfigurationException(
+                    f"GradientCollector(mode='training'): the training dataset has {size} samples "
+                    f"in epoch {epoch}, {self._size} when training started; reload one of the "
+                    "same size, or collect into another save_dir"
+                )
             # A run that is resumed within an epoch counts on, but its loader begins anew.
             self._first_batch = batch_idx if position(trainer) == self._position + 1 else 0
             self._open_block(epoch, module.device)
@@ -254,12 +264,18 @@ class TrainingRows:
                 trainer, module, self._part, shares, self._names, self._self_check
             )
         except TryoutError as error:
+            if given is None:
+                raise MisconfigurationException(
+                    "GradientCollector(mode='training') could not compare rows beforehand: "
+                    f"{error}. Where every layer has its samples in the first dimension, say what "
+                    "the training loss is of their losses: reduction='mean' or 'sum'"
+                ) from error
             rank_zero_warn(
                 f"GradientCollector(mode='training') could not compare rows beforehand: {error}. "
                 "It takes the first dimension of every layer's tensors for the samples, and the "
-                f"loss for their {given or 'mean'}; sums over samples are still checked"
+                f"loss for their {given}; sums over samples are still checked"
             )
-            return None, given or "mean"
+            return None, given
         except NoRuleError as error:
             raise MisconfigurationException(
                 f"GradientCollector(mode='training'): {error}. To leave them out: grad_wrt="
@@ -274,6 +290,12 @@ class TrainingRows:
             raise MisconfigurationException(
                 f"GradientCollector(reduction={given!r}): the training loss is the {found} of the "
                 "samples' losses"
+            )
+        if found is None and given is None:
+            rank_zero_warn(
+                "GradientCollector(mode='training', self_check=False): rows do not tell whether "
+                "the training loss is the mean or the sum of the samples' losses; it is taken for "
+                "the mean. Give reduction='mean' or 'sum'"
             )
         return layouts, found or given or "mean"
 

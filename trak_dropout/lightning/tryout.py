@@ -8,10 +8,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from trak_dropout._random import random_states_kept
 from trak_dropout.attribution import to_device
 from trak_dropout.gradients import FactorError
 from trak_dropout.gradients.intake import Shares
@@ -35,10 +36,10 @@ def try_training_step(
 ) -> tuple[Mapping[str, Sequence[CallLayout]], Reduction | None]:
     """Learn how a module's layers see a batch, and compare rows with plain autograd.
 
-    A copy of the module that knows no Trainer, so that it logs nothing, takes training steps on the
-    first samples of the training set: of two and of three samples, to see where layers have their
-    samples, and, with dropout and batch statistics turned off, of three samples and of each of them
-    by itself, whose gradients must agree.
+    A copy of the module, whose Trainer has no logger, takes training steps on the first samples of
+    the training set: of two and of three samples, to see where layers have their samples, and, with
+    dropout and batch statistics turned off, of three samples and of each of them by itself, whose
+    gradients must agree.
 
     Args:
         trainer: the Trainer, whose training loader is ready.
@@ -46,19 +47,19 @@ def try_training_step(
         part: the submodule whose gradients are taken, by name; the module itself when None.
         shares: a mask.
         names: the parameters that the mask was drawn for, by their names in that part.
-        check: whether to compare.
+        check: whether gradients that do not agree are an error.
 
     Returns:
         Where layers have their samples, and whether the loss is a mean or a sum over samples; None
-        for the latter where nothing was compared.
+        for the latter where they do not agree.
 
     Raises:
         TryoutError: the copy's training step fails.
-        FactorError: rows are not the gradients of single samples, or layers do not tell where
-            their samples are.
+        FactorError: layers do not tell where their samples are, or, where that is checked, rows are
+            not the gradients of single samples.
     """
     loader: Any = trainer.train_dataloader
-    with isolate_rng(), torch.inference_mode(False), torch.enable_grad():
+    with random_states_kept(), torch.inference_mode(False), torch.enable_grad():
         items = [loader.dataset[i % len(loader.dataset)] for i in range(_SAMPLES)]
 
         def step(twin: pl.LightningModule, which: Sequence[int]) -> Tensor:
@@ -69,13 +70,13 @@ def try_training_step(
 
         def run(work: Callable[[pl.LightningModule], Any]) -> Any:
             try:
-                return work(_twin(module))
+                return work(_twin(module, trainer))
             except (FactorError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise TryoutError(
-                    "a training step of a copy of the module, on a few samples and without a "
-                    f"Trainer, failed: {type(error).__name__}: {error}"
+                    "a training step of a copy of the module, on a few samples, failed: "
+                    f"{type(error).__name__}: {error}"
                 ) from error
 
         layouts = run(
@@ -83,8 +84,6 @@ def try_training_step(
                 submodule(twin, part), names, lambda count: step(twin, range(count))
             )
         )
-        if not check:
-            return layouts, None
 
         def compare(settle: Callable[[nn.Module], object]) -> Reduction:
             def work(twin: pl.LightningModule) -> Reduction:
@@ -99,13 +98,32 @@ def try_training_step(
         try:  # in training mode, because a step may do other things than in evaluation
             return layouts, compare(_settle_random)
         except FactorError:
-            return layouts, compare(lambda twin: twin.eval())
+            try:
+                return layouts, compare(lambda twin: twin.eval())
+            except FactorError:
+                if check:
+                    raise
+                return layouts, None
 
 
-def _twin(module: pl.LightningModule) -> pl.LightningModule:
+class _Quiet:
+    """A Trainer to a module that is tried: what is read is the Trainer's, but for its loggers."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self.logger = DummyLogger()
+        self.loggers = [self.logger]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+
+def _twin(module: pl.LightningModule, trainer: pl.Trainer) -> pl.LightningModule:
     twin = copy.deepcopy(module)  # without its Trainer
     twin.zero_grad(set_to_none=True)
-    twin.log = twin.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
+    twin._trainer = _Quiet(trainer)  # type: ignore[assignment]
+    for name in ("log", "log_dict", "print"):
+        setattr(twin, name, lambda *_, **__: None)
     return twin
 
 

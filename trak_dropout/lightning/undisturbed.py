@@ -8,9 +8,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
+from trak_dropout._random import random_states_kept
 from trak_dropout.attribution import preserved
 from trak_dropout.lightning.data import set_random_states
 
@@ -28,7 +28,7 @@ def undisturbed(module: pl.LightningModule, seed: int, weights: bool = False) ->
     stance = getattr(torch.compiler, "set_stance", None)
     # A checkpoint may be saved from the validation loop, which runs in inference mode.
     with (
-        isolate_rng(),
+        random_states_kept(),
         torch.inference_mode(False),
         torch.enable_grad(),
         nullcontext() if stance is None else stance("force_eager"),

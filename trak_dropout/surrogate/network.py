@@ -16,10 +16,10 @@ import pytorch_lightning as pl
 import torch
 from numpy.typing import ArrayLike, NDArray
 from pytorch_lightning.callbacks import EarlyStopping
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from trak_dropout._checks import check_integer
+from trak_dropout._random import random_states_kept
 from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout.largest import PIECE, Largest
 from trak_dropout.surrogate.batches import Pairs, Rectangles
@@ -207,7 +207,7 @@ class InfluenceNetwork(pl.LightningModule):
             )
             if bool(held.any()):
                 checking = Pairs(source, target, index[held], standard[held], False).in_order()
-        with isolate_rng(), torch.inference_mode(False), torch.enable_grad():
+        with random_states_kept(), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(seed)
             if trainer is None:
                 with _quiet():
