@@ -75,6 +75,13 @@ def test_a_disk_that_fills_up_keeps_earlier_collections(tmp_path: Path) -> None:
     assert collector.model_ids == [0, 1, 2]
 
 
+def test_mode_training_tells_of_a_full_disk(tmp_path: Path) -> None:
+    rows = GradientCollector(tmp_path / "s", proj_dim=48, mode="training")
+    told = pytest.raises(OSError, match=r"no room for the rows of an epoch.*make room")
+    with told, file_limit(20_000):  # less than 300 x 48 x 4 bytes
+        trainer(max_epochs=1, callbacks=[rows]).fit(Classifier(mlp()), loader(train_set()))
+
+
 def test_a_disk_without_room_is_told_of_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

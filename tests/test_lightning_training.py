@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -510,6 +511,158 @@ def test_a_data_set_of_another_size_is_refused_when_it_comes(tmp_path: Path) -> 
     with pytest.raises(MisconfigurationException, match="has 70 samples in epoch 1, 75 when"):
         reloading.fit(Shrinking(net()))
     assert td.open_store(tmp_path).model_ids == [0]
+
+
+class Padded(pl.LightningModule):
+    """A classifier of sequences whose batches are as long as their longest sequence."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.flat = flat
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        values, mask, labels = batch
+        hidden = self.first(values.flatten(0, 1)) if self.flat else self.first(values)
+        hidden = hidden.view(*values.shape[:2], 6).relu() * mask.unsqueeze(-1)
+        return nn.functional.cross_entropy(self.last(hidden.sum(1)), labels)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def padded(samples: list[tuple[Tensor, int]]) -> list[Tensor]:
+    values = nn.utils.rnn.pad_sequence([value for value, _ in samples], batch_first=True)
+    lengths = torch.tensor([len(value) for value, _ in samples])
+    mask = (torch.arange(values.shape[1]) < lengths.unsqueeze(1)).to(values.dtype)
+    return [values, mask, torch.tensor([label for _, label in samples])]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["sequences", "positions"])
+def test_batches_may_be_of_any_length(tmp_path: Path, flat: bool) -> None:
+    pl.seed_everything(0, verbose=False)
+    lengths = torch.randint(1, 9, (30,)).tolist()
+    samples = [(torch.randn(length, 4).double(), i % 3) for i, length in enumerate(lengths)]
+    module, watcher = Padded(flat), Watcher()
+    trainer(
+        max_epochs=1, callbacks=[watcher, collector(tmp_path, proj_dim=40)], precision="64-true"
+    ).fit(module, DataLoader(samples, 7, shuffle=True, collate_fn=padded))
+    store = td.open_store(tmp_path)
+    projector, visits = store.projector(), td.block_visits(store, 0)
+    assert sorted(visits.index) == list(range(30))
+    for index, batch in zip(visits.index, visits.batch, strict=True):
+        module.load_state_dict(watcher.weights[batch - 1])
+        module.zero_grad()
+        module.training_step(padded([samples[index]]), 0).backward()
+        grads = {name: w.grad.unsqueeze(0) for name, w in module.named_parameters()}
+        row = -projector.project(grads, 0)[0] / math.sqrt(projector.grad_dim)
+        np.testing.assert_allclose(store.grads(0)[index], row.numpy(), rtol=1e-4, atol=1e-6)
+
+
+class Views(Stepper):
+    """A contrastive loss over two views of each sample."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__(net())
+        self.apart = apart
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        pair = batch[0], batch[0].flip(-1)
+        both = torch.cat(pair) if self.apart else torch.stack(pair, 1).flatten(0, 1)
+        found = self(both)
+        first, second = found.chunk(2) if self.apart else (found[::2], found[1::2])
+        return nn.functional.cross_entropy(first @ second.T, torch.arange(len(first)))
+
+
+def test_views_must_lie_side_by_side(tmp_path: Path) -> None:
+    def run(apart: bool) -> None:
+        asked = collector(tmp_path / str(apart), self_check=False, reduction="mean")
+        trainer(max_epochs=1, callbacks=[asked]).fit(Views(apart), DataLoader(dataset(), 16))
+
+    run(apart=False)
+    with pytest.raises(MisconfigurationException, match=r"2 entries .* do not lie together"):
+        run(apart=True)
+
+
+class Weighted(Stepper):
+    """A mean by class weights, whose gradient of a sample depends on the batch."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        weights = torch.arange(1.0, 11.0)
+        return nn.functional.cross_entropy(self(batch[0]), batch[1], weights)
+
+
+def test_a_data_set_in_the_order_of_classes_hides_nothing(tmp_path: Path) -> None:
+    images, labels = dataset().tensors
+    order = labels.argsort()
+    sorted_ = DataLoader(TensorDataset(images[order], labels[order]), 16)
+    with pytest.raises(MisconfigurationException, match="loss of a sample depends on others"):
+        trainer(max_epochs=1, callbacks=[collector(tmp_path)]).fit(Weighted(net()), sorted_)
+
+
+class Noisy(Stepper):
+    """Draws noise in each step."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step([batch[0] + torch.randn_like(batch[0]), batch[1]], batch_idx)
+
+
+def test_a_step_that_draws_random_numbers_is_told_by_that(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="draws random numbers of its own"):
+        trainer(callbacks=[collector(tmp_path)]).fit(Noisy(net()), DataLoader(dataset(), 16))
+
+
+class Opened(torch.utils.data.Dataset[Any]):
+    """Remembers the process that read it first, as one that opens its file then."""
+
+    opened: int | None = None
+
+    def __getitem__(self, index: int) -> Any:
+        self.opened = self.opened or os.getpid()
+        assert self.opened == os.getpid()
+        return dataset()[index]
+
+    def __len__(self) -> int:
+        return N
+
+
+def test_the_data_set_is_read_where_its_loader_reads_it(tmp_path: Path) -> None:
+    data = Opened()
+    trainer(max_epochs=1, callbacks=[collector(tmp_path)]).fit(
+        Stepper(net()), DataLoader(data, 16, num_workers=1)
+    )
+    assert data.opened is None
+
+
+class Growing(Stepper):
+    """Trains its first layer from the third batch on, in a parameter group of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(net())
+        self.net[0].requires_grad_(False)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.net[0].requires_grad_(True)
+            group = {"params": list(self.net[0].parameters()), "lr": 0.5}
+            self.optimizers().optimizer.add_param_group(group)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([w for w in self.parameters() if w.requires_grad], 0.05)
+
+
+def test_layers_may_be_unfrozen_within_an_epoch(tmp_path: Path) -> None:
+    named = collector(tmp_path / "named", grad_wrt=["net.4.*"], proj_dim=50)
+    trainer(max_epochs=1, callbacks=[named]).fit(Growing(), DataLoader(dataset(), 16))
+    rates = td.block_visits(td.open_store(tmp_path / "named"), 0).learning_rate
+    assert rates[:32].tolist() == [[0.05, 0.0]] * 32
+    assert rates[32:].tolist() == [[0.05, 0.5]] * (N - 32)
+
+    with pytest.raises(MisconfigurationException, match=r"net.0.weight, net.0.bias were frozen"):
+        trainer(max_epochs=1, callbacks=[collector(tmp_path / "all")]).fit(
+            Growing(), DataLoader(dataset(), 16)
+        )
+    assert td.open_store(tmp_path / "all").model_ids == [0]  # what was collected is there
 
 
 def test_gradients_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:

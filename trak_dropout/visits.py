@@ -47,7 +47,7 @@ class Visits:
             as one over the batch size times the number of accumulated batches and of processes;
             float64 ``(V,)``.
         learning_rate: of each parameter group in the optimizer step that the sample took part in,
-            float64 ``(V, groups)``.
+            0 where there was no such group yet, float64 ``(V, groups)``.
     """
 
     index: NDArray[np.int64]
@@ -68,9 +68,13 @@ class Visits:
     def joined(cls, parts: list[Visits]) -> Visits:
         """Return all visits of several records, one record after the other."""
         parts = [part for part in parts if len(part)] or parts[:1] or [cls.none()]
-        return cls(
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _KINDS}
-        )
+        columns = {name: [getattr(part, name) for part in parts] for name in _KINDS}
+        groups = max(rates.shape[1] for rates in columns["learning_rate"])
+        columns["learning_rate"] = [
+            np.pad(rates, ((0, 0), (0, groups - rates.shape[1])))
+            for rates in columns["learning_rate"]
+        ]
+        return cls(**{name: np.concatenate(column) for name, column in columns.items()})
 
     def __len__(self) -> int:
         return len(self.index)

@@ -400,11 +400,11 @@ class LiveGradients:
                     "inplace=False there, or leave them out of grad_wrt"
                 )
             inputs = [
-                to_front(value, at, step.samples)
+                _to_front(value, at, step.samples)
                 for value, at in zip(held, layout.inputs, strict=True)
             ]
             held.clear()  # this hook lives as long as the graph
-            self._take(step, site, inputs, to_front(gradient, place, step.samples))
+            self._take(step, site, inputs, _to_front(gradient, place, step.samples))
 
         result.register_hook(arrived)  # type: ignore[no-untyped-call]
         return None if result is output else result
@@ -487,6 +487,15 @@ class LiveGradients:
                 )
 
 
+def _to_front(value: Tensor, place: Place, samples: int) -> Tensor:
+    """As `to_front`, where samples may be longer or shorter than in another batch."""
+    if place is not None and place[1] > 1 and value.ndim > place[0]:
+        dim = place[0]
+        if value.shape[dim] % samples == 0:  # entries of a sample, such as positions
+            place = dim, value.shape[dim] // samples
+    return to_front(value, place, samples)
+
+
 def _least(*dtypes: torch.dtype) -> torch.dtype:
     """The least precise of some types."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -502,6 +511,59 @@ def _leading(site: Site, value: Tensor, samples: int) -> Place:
             f"{samples} samples are; give layouts, from find_layouts"
         )
     return 0, shape[0] // samples
+
+
+def check_order(
+    model: nn.Module,
+    names: Iterable[str],
+    layouts: Layouts,
+    run: Callable[[Sequence[int]], object],
+) -> None:
+    """Refuse a model that gives a layer several entries of each sample which do not lie together.
+
+    Such as two views of all samples, one view after the other. What layers are given for one batch
+    is compared with what they are given for another, in which only the last sample is another.
+
+    Args:
+        model: the model, in a mode without randomness.
+        names: the parameters of interest.
+        layouts: where layers have their samples, from `find_layouts`.
+        run: runs the model's training forward on samples by number.
+
+    Raises:
+        FactorError: a layer is given them so.
+    """
+    seen: list[list[tuple[str, list[Tensor]]]] = []
+    for which in ((0, 1, 2), (0, 1, 0)):
+        calls: list[tuple[str, list[Tensor]]] = []
+
+        def note(site: Site, given: list[Tensor], _: Tensor, calls: Any = calls) -> None:
+            calls.append((site.name, [value.detach().clone() for value in given]))
+
+        handles = [_on_call(site, note) for site in covered_sites(model, names)]
+        try:
+            with torch.enable_grad():
+                run(which)
+        finally:
+            for handle in handles:
+                handle.remove()
+        seen.append(calls)
+    number: Counter[str] = Counter()
+    for (name, first), (_, second) in zip(*seen, strict=False):
+        layout = layouts[name][number[name]]
+        number[name] += 1
+        for one, other, place in zip(first, second, layout.inputs, strict=True):
+            if place is None or place[1] == 1 or one.shape != other.shape:
+                continue
+            differ = (one != other).movedim(place[0], 0).flatten(1).any(1)
+            where = torch.nonzero(differ).flatten()
+            together = len(where) == 0 or bool((where >= 2 * place[1]).all())
+            if not together and bool((where % 3 == 2).all()):
+                raise FactorError(
+                    f"{name} is given {place[1]} entries of each sample that do not lie together, "
+                    "such as two views of a batch by torch.cat((first, second)); put those of a "
+                    "sample side by side, as torch.stack((first, second), 1).flatten(0, 1) does"
+                )
 
 
 def check_samples(

@@ -231,7 +231,8 @@ def to_front(value: Tensor, place: Place, samples: int) -> Tensor:
     if value.ndim <= dim or value.shape[dim] != samples * each:
         raise FactorError(
             f"a layer's tensor of shape {tuple(value.shape)} was expected to hold {samples} "
-            f"samples in dimension {dim}, {each} entries each, as for an earlier batch"
+            f"samples in dimension {dim}, {each} entries each, as for an earlier batch (does a "
+            "collate_fn leave samples out?)"
         )
     return torch.unflatten(value, dim, (samples, each)).movedim(dim, 0)
 

@@ -33,7 +33,7 @@ class BlockWriter:
     def __init__(
         self, directory: Path, size: int, columns: int, rank: int, kept: Visits | None = None
     ) -> None:
-        self._directory, self._rank, self._stride = directory, rank, 4 * columns
+        self.directory, self._rank, self._stride = directory, rank, 4 * columns
         self._seen = np.zeros(size, bool)
         self._parts: list[Visits] = []
         path = _rows_file(directory, rank)
@@ -99,7 +99,7 @@ class BlockWriter:
         os.fsync(self._again)
         visits = Visits.joined(self._parts)
         self._parts = [visits]
-        visits.save(self._directory / _visits_part(self._rank))
+        visits.save(self.directory / _visits_part(self._rank))
         return visits
 
     def close(self) -> None:

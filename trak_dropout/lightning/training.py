@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -302,16 +303,7 @@ class TrainingRows:
     def _open_block(self, epoch: int, device: torch.device) -> None:
         """Begin the block of an epoch, or go on with it where a resumed run does."""
         assert self._live is not None
-        fresh = [
-            name
-            for name, weight in self._model.named_parameters()
-            if weight.requires_grad and name not in set(self._names)
-        ]
-        if fresh and self._grad_wrt is None:
-            raise MisconfigurationException(
-                f"GradientCollector(mode='training'): {', '.join(fresh[:10])} were frozen when "
-                "training started and are trained now; name the parameters to collect in grad_wrt"
-            )
+        self._refuse_unfrozen()
         after, columns = self._position, self._projector.proj_dim
 
         def begin() -> tuple[int, str | None, bool]:
@@ -321,7 +313,8 @@ class TrainingRows:
             model_id = ids[-1] if ids else max([-1, *map(int, known)]) + 1
             earlier, again = set_aside(self._root / str(model_id), self._processes.count)
             if not again:
-                self._saver.register_model_id(model_id, True)
+                with _room(self._root / str(model_id)):
+                    self._saver.register_model_id(model_id, True)
             else:
                 self._saver.load_current_store(model_id)
                 self._saver.current_model_id = model_id
@@ -348,6 +341,19 @@ class TrainingRows:
                 writer.sync()
             self._live.shares = self._projector.shares(model_id, device)
             self._live.start()
+
+    def _refuse_unfrozen(self) -> None:
+        """Raise where parameters are trained that were not when training started."""
+        fresh = [
+            name
+            for name, weight in self._model.named_parameters()
+            if weight.requires_grad and name not in set(self._names)
+        ]
+        if fresh and self._grad_wrt is None:
+            raise MisconfigurationException(
+                f"GradientCollector(mode='training'): {', '.join(fresh[:10])} were frozen when "
+                "training started and are trained now; name the parameters to collect in grad_wrt"
+            )
 
     def _finish_block(self, trainer: pl.Trainer) -> None:
         """Complete the block that is open, if any."""
@@ -403,6 +409,7 @@ class TrainingRows:
 
         self._processes.agree(finish)
         self._block = None
+        self._refuse_unfrozen()  # such as in the middle of the epoch
 
 
 class _Block:
@@ -444,13 +451,14 @@ class _Block:
     def stepped(self, learning_rate: NDArray[np.float64]) -> None:
         """Note the learning rate of the optimizer step that follows."""
         for visits in self._visits[len(self._visits) - self._since_step :]:
-            visits.learning_rate[:] = learning_rate
+            visits.learning_rate = np.tile(learning_rate, (len(visits), 1))
         self._since_step = 0
 
     def sync(self) -> None:
         """Bring everything to disk."""
         self._flush(len(self._rows))
-        self._writer.sync()
+        with _room(self._writer.directory):
+            self._writer.sync()
 
     def close(self) -> None:
         """Close files; rows that wait are dropped."""
@@ -460,10 +468,25 @@ class _Block:
         """Write the rows of the first batches."""
         if count:
             rows = torch.cat(self._rows[:count]).float().cpu().numpy()
-            self._writer.add(Visits.joined(self._visits[:count]), rows)
+            with _room(self._writer.directory):
+                self._writer.add(Visits.joined(self._visits[:count]), rows)
         self._rows, self._visits = self._rows[count:], self._visits[count:]
         self._since_step = min(self._since_step, len(self._rows))
         self._held = sum(len(visits) * self._width for visits in self._visits)
+
+
+@contextmanager
+def _room(directory: Path) -> Iterator[None]:
+    """Say what can be done where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"no room for the rows of an epoch: {error.strerror}. Earlier epochs are as they were; "
+            "make room, use a smaller proj_dim, or another save_dir",
+            str(directory),
+        ) from error
 
 
 def _learning_rates(optimizer: Any) -> NDArray[np.float64]:

@@ -6,17 +6,25 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from trak_dropout._random import random_states_kept
 from trak_dropout.attribution import to_device
 from trak_dropout.gradients import FactorError
 from trak_dropout.gradients.intake import Shares
-from trak_dropout.gradients.live import CallLayout, Reduction, check_samples, find_layouts
+from trak_dropout.gradients.live import (
+    CallLayout,
+    Reduction,
+    check_order,
+    check_samples,
+    find_layouts,
+)
 from trak_dropout.lightning.subject import submodule
 
 _SAMPLES = 3
@@ -36,10 +44,10 @@ def try_training_step(
 ) -> tuple[Mapping[str, Sequence[CallLayout]], Reduction | None]:
     """Learn how a module's layers see a batch, and compare rows with plain autograd.
 
-    A copy of the module, whose Trainer has no logger, takes training steps on the first samples of
-    the training set: of two and of three samples, to see where layers have their samples, and, with
-    dropout and batch statistics turned off, of three samples and of each of them by itself, whose
-    gradients must agree.
+    A copy of the module, whose Trainer has no logger, takes training steps on a few samples of the
+    training set: on one sample twice and three times, to see where layers have their samples, and,
+    with dropout and batch statistics turned off, of three samples and of each of them by
+    itself, whose gradients must agree.
 
     Args:
         trainer: the Trainer, whose training loader is ready.
@@ -54,17 +62,16 @@ def try_training_step(
         for the latter where they do not agree.
 
     Raises:
-        TryoutError: the copy's training step fails.
+        TryoutError: samples cannot be read, or the copy's training step fails.
         FactorError: layers do not tell where their samples are, or, where that is checked, rows are
             not the gradients of single samples.
     """
-    loader: Any = trainer.train_dataloader
     with random_states_kept(), torch.inference_mode(False), torch.enable_grad():
-        items = [loader.dataset[i % len(loader.dataset)] for i in range(_SAMPLES)]
+        batches = _read(trainer.train_dataloader)
 
-        def step(twin: pl.LightningModule, which: Sequence[int]) -> Tensor:
-            torch.manual_seed(0)
-            batch = to_device(module, loader.collate_fn([items[i] for i in which]), module.device)
+        def step(twin: pl.LightningModule, which: Sequence[int], seed: int = 0) -> Tensor:
+            torch.manual_seed(seed)
+            batch = to_device(module, copy.deepcopy(batches[tuple(which)]), module.device)
             with trainer.precision_plugin.forward_context():
                 return _loss_of(twin, batch)
 
@@ -81,9 +88,13 @@ def try_training_step(
 
         layouts = run(
             lambda twin: find_layouts(
-                submodule(twin, part), names, lambda count: step(twin, range(count))
+                submodule(twin, part), names, lambda count: step(twin, [0] * count)
             )
         )
+
+        def draws(twin: pl.LightningModule) -> bool:
+            first, second = (step(twin, range(_SAMPLES), seed) for seed in (0, 1))
+            return not torch.equal(first, second)
 
         def compare(settle: Callable[[nn.Module], object]) -> Reduction:
             def work(twin: pl.LightningModule) -> Reduction:
@@ -100,10 +111,66 @@ def try_training_step(
         except FactorError:
             try:
                 return layouts, compare(lambda twin: twin.eval())
-            except FactorError:
+            except FactorError as error:
+                if check and run(lambda twin: draws(twin.eval())):
+                    raise FactorError(
+                        "a training step draws random numbers of its own, such as for noise or "
+                        "augmentation, so a sample by itself cannot be compared with a batch"
+                    ) from error
                 if check:
                     raise
-                return layouts, None
+
+        def order(twin: pl.LightningModule) -> None:
+            _settle_random(twin)
+            check_order(submodule(twin, part), names, layouts, lambda which: step(twin, which))
+
+        run(order)
+        return layouts, None
+
+
+def _read(loader: Any) -> dict[tuple[int, ...], Any]:
+    """Read a few samples, as the loader does, into batches of some of them.
+
+    Where the loader has workers, in a worker: a data set may open its files, or begin to count,
+    when it is read first, and be forked after that.
+    """
+    few = DataLoader(
+        loader.dataset,
+        # From all over it: neighbors are often of one class.
+        batch_sampler=[np.linspace(0, len(loader.dataset) - 1, _SAMPLES).astype(int).tolist()],
+        collate_fn=_Batches(loader.collate_fn),
+        num_workers=min(1, loader.num_workers),
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+    try:
+        (found,) = few
+    except Exception as error:
+        raise TryoutError(
+            f"{_SAMPLES} samples of the training dataset cannot be read: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return found
+
+
+class _Batches:
+    """Collates several batches of the same few samples.
+
+    Args:
+        collate: what makes a batch.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: list[Any]) -> dict[tuple[int, ...], Any]:
+        every = tuple(range(_SAMPLES))
+        made: dict[tuple[int, ...], Any] = {}
+        # The same sample several times has the same length.
+        for which in ((0, 0), (0, 0, 0), every, (0, 1, 0), *((i,) for i in every)):
+            torch.manual_seed(0)
+            made[which] = self._collate([samples[i] for i in which])
+        return made
 
 
 class _Quiet:
