@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def fit(
     pl.seed_everything(1, verbose=False)
     module = Stepper(build(), options.pop("reduction", "mean"))
     data = DataLoader(dataset(), **{"batch_size": 16, "shuffle": True, **(loader or {})})
-    trainer(callbacks=callbacks, **options).fit(module, data)
+    checkpoint = options.pop("ckpt_path", None)
+    trainer(callbacks=callbacks, **options).fit(module, data, ckpt_path=checkpoint)
     return module
 
 
@@ -285,6 +287,32 @@ def test_within_an_epoch_what_was_seen_before_is_kept(tmp_path: Path) -> None:
     check_rows(tmp_path / "store", watcher, 1e-5)
     visits = td.block_visits(td.open_store(tmp_path / "store"), 1)
     assert sorted(set(visits.batch)) == list(range(6, 11))
+
+
+def test_a_run_that_ended_within_an_epoch_goes_on(tmp_path: Path) -> None:
+    watcher, order = Watcher(), {"shuffle": False}
+    pl.seed_everything(1, verbose=False)
+    saver = Interrupt(tmp_path / "at.ckpt", 7, -1)
+    first = trainer(max_steps=7, callbacks=[watcher, saver, collector(tmp_path / "store")])
+    first.fit(Stepper(net()), DataLoader(dataset(), 16))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*went another way")
+        fit(
+            net,
+            [watcher, collector(tmp_path / "store")],
+            order,
+            max_epochs=2,
+            ckpt_path=tmp_path / "at.ckpt",
+        )
+    assert not list((tmp_path / "store").rglob("*.earlier"))
+    assert sorted(set(td.block_visits(td.open_store(tmp_path / "store"), 1).batch)) == [
+        6,
+        7,
+        8,
+        9,
+        10,
+    ]
+    check_rows(tmp_path / "store", watcher, 1e-4)
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

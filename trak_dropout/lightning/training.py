@@ -25,7 +25,7 @@ from trak_dropout._files import checksum
 from trak_dropout.attribution import split_state
 from trak_dropout.gradients import FactorError
 from trak_dropout.gradients.live import CallLayout, LiveGradients, NoRuleError, Reduction
-from trak_dropout.lightning.blocks import BlockWriter, merge, rows_of, same_block, set_aside
+from trak_dropout.lightning.blocks import BlockWriter, goes_on, merge, rows_of, set_aside
 from trak_dropout.lightning.order import Listener, Pass, check_loader, pass_in_use
 from trak_dropout.lightning.position import is_trial, position
 from trak_dropout.lightning.processes import Processes
@@ -393,7 +393,7 @@ class TrainingRows:
                 },
             )
             if block.earlier is not None:
-                if same_block(block.earlier, directory):
+                if goes_on(block.earlier, directory):
                     shutil.rmtree(block.earlier)
                 else:
                     rank_zero_warn(
