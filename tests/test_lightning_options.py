@@ -16,12 +16,20 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_lightning import fit
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from trak_dropout import BatchError, LossOutput, open_store, top_influences
 from trak_dropout.attribution import Featurizer
 from trak_dropout.lightning import GradientCollector
 from trak_dropout.lightning import rows as rows_of_a_store
+from trak_dropout.lightning.collation import Reorders
 from trak_dropout.lightning.rows import RowWriter
 from trak_dropout.store import Store
 
@@ -315,6 +323,88 @@ def test_indices(tmp_path: Path) -> None:
         fit(tmp_path / "c", indices=[300])
     with pytest.raises(MisconfigurationException, match="train_set_size=7 was given"):
         fit(tmp_path / "c", train_set_size=7)
+
+
+def by_ink(samples: list[Any]) -> Any:
+    """Darkest image first, as sequences are sorted by length."""
+    return default_collate(sorted(samples, key=lambda sample: -float(sample[0].sum())))
+
+
+@pytest.mark.parametrize("options", [{}, {"indices": list(range(10, 90, 2))}])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_collation_that_reorders_samples_is_refused(
+    tmp_path: Path, workers: int, options: dict[str, Any]
+) -> None:
+    data = loader(train_set(90), 20, collate_fn=by_ink, num_workers=workers)
+    with pytest.raises(MisconfigurationException, match=r"collate_fn \(by_ink\) reorders samples"):
+        fit(tmp_path / "s", net(), data, **options)
+    assert not (tmp_path / "s").exists()
+    fit(tmp_path / "s", net(), data, max_epochs=1, dataloader=loader(train_set(90)), **options)
+
+
+def noisy(samples: list[Any]) -> Any:
+    images, labels = default_collate(samples)
+    return images + 0.1 * torch.randn(images.shape) * np.random.random(), labels  # noqa: NPY002
+
+
+def mixed(samples: list[Any]) -> Any:
+    images, labels = default_collate(samples)
+    return images.lerp(images[torch.randperm(len(images))], 0.2), labels
+
+
+def emptied(samples: list[Any]) -> Any:
+    images = torch.stack([sample.pop("image") for sample in samples])
+    return images, torch.tensor([sample.pop("label") for sample in samples])
+
+
+class Named(Dataset):
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(zip(("image", "label"), train_set()[index], strict=True))
+
+
+@pytest.mark.parametrize("collate", [noisy, mixed, emptied])
+def test_other_collations_are_not_refused_and_training_is_not_disturbed(
+    tmp_path: Path, collate: Any
+) -> None:
+    data = Named() if collate is emptied else train_set(60)
+    weights = []
+    for collecting in (False, True):
+        torch.manual_seed(0)
+        pl.seed_everything(0, verbose=False)
+        module, batches = net(), loader(data, 20, shuffle=True, collate_fn=collate)
+        callbacks = [GradientCollector(tmp_path / "s", proj_dim=16)] if collecting else []
+        pl.seed_everything(1, verbose=False)
+        trainer(max_epochs=2, callbacks=callbacks).fit(module, batches)
+        weights.append(torch.cat([weight.flatten() for weight in module.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("collate", "expected"),
+    [
+        (lambda x: torch.stack(sorted(x, key=lambda y: -float(y[0]))), True),
+        (lambda x: [torch.stack(x[1:] + x[:1]), torch.arange(len(x))], True),
+        # Sequence first, and in an order drawn with the usual random states.
+        (lambda x: {"a": torch.stack([x[i] for i in torch.randperm(len(x))], 1)}, True),
+        (lambda x: {"a": torch.stack(x, 1)}, False),
+        # What is left for the model to sort by; neighbors within the batch; relations.
+        (lambda x: (torch.stack(x), torch.stack(x)[:, 0].sort(), torch.stack(x).roll(1, 0)), False),
+        (lambda x: (torch.stack(x) @ torch.stack(x).T, torch.arange(len(x))), False),
+        (lambda x: [torch.cat([torch.stack(x)] * 2), torch.arange(len(x))], False),
+        (lambda x: torch.stack([x[i] for i in np.random.default_rng().permutation(len(x))]), False),
+        (lambda x: sorted(x, key=lambda y: -float(y[0])), False),
+        (lambda x: [{"no": "tensor"}] * len(x), False),
+        (lambda x: 1 / 0, False),
+    ],
+)
+def test_what_reordering_is(collate: Any, expected: bool) -> None:
+    samples = list(torch.randn(16, 3, generator=torch.Generator().manual_seed(0)))
+    before = torch.get_rng_state()
+    assert Reorders(collate)(samples) is expected
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_augmentation_of_a_sample_depends_on_its_index_alone(tmp_path: Path) -> None:

@@ -536,6 +536,7 @@ class GradientCollector(pl.Callback):
             # Tried without statistics: those of weighted dropout are taken when collecting begins.
             trial = self._featurizer(module, model, "dropout")
             with undisturbed(module, self.augmentation_seed):
+                data.check_collation()
                 _, first = next(data.read([0]))
                 batch = to_device(module, first, module.device)
                 trial.features(batch, 0)

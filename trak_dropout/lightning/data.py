@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,17 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     TensorDataset,
+    default_collate,
 )
 
 from trak_dropout.attribution import batch_size_of, inner_sampler, sequential_loader
+from trak_dropout.lightning.collation import Reorders
 
 # A larger batch costs less for each sample, until it no longer fits a processor's cache.
 _MOST_SAMPLES = 256
 _MOST_BYTES = 8 << 20
 _LEAST_BATCHES = 16  # so that processes have their share, and an interruption costs little
+_TRIED = 16  # samples of which collation is tried
 
 
 class TrainingData:
@@ -197,9 +200,27 @@ class TrainingData:
         if self.is_stream:
             yield from (batch for _, batch in self.read(range(-(-count // self.batch_size))))
             return
-        spaced = np.linspace(0, self.size - 1, min(count, self.size)).astype(int).tolist()
-        size = self.batch_size
+        spaced, size = self._spaced(count), self.batch_size
         yield from self._loader([spaced[i : i + size] for i in range(0, len(spaced), size)])
+
+    def check_collation(self) -> None:
+        """Try on a few samples whether collation leaves them in their order.
+
+        Raises:
+            MisconfigurationException: it does not, so that rows would be those of other samples.
+        """
+        collate = self.loader.collate_fn
+        if self.is_stream or self.batch_size == 1 or collate is default_collate:
+            return
+        if any(self._loader([self._spaced(_TRIED)], Reorders(collate))):
+            name = getattr(collate, "__qualname__", type(collate).__qualname__)
+            raise MisconfigurationException(
+                f"GradientCollector: collate_fn ({name}) reorders samples, so that their rows "
+                "would be those of others: samples given in reverse order do not come out in "
+                "reverse order. Sort within the model instead (enforce_sorted=False of "
+                "pack_padded_sequence does), or give dataloader= a loader whose collate_fn keeps "
+                "their order"
+            )
 
     def rows(self, number: int) -> range:
         """Return the rows of the store that a batch becomes."""
@@ -208,7 +229,14 @@ class TrainingData:
     def _stop(self, number: int) -> int:
         return min(self.size, (number + 1) * self.batch_size)
 
-    def _loader(self, groups: Sequence[Sequence[int]] | None) -> DataLoader[Any]:
+    def _spaced(self, count: int) -> list[int]:
+        return np.linspace(0, self.size - 1, min(count, self.size)).astype(int).tolist()
+
+    def _loader(
+        self,
+        groups: Sequence[Sequence[int]] | None,
+        collate_fn: Callable[[Any], Any] | None = None,
+    ) -> DataLoader[Any]:
         loader = self.loader
         how: dict[str, Any] = {"batch_size": self.batch_size}
         dataset: Any = self._samples
@@ -217,7 +245,7 @@ class TrainingData:
             dataset = _Seeded(dataset, self.seed)
         return DataLoader(
             dataset,
-            collate_fn=loader.collate_fn,
+            collate_fn=collate_fn or loader.collate_fn,
             num_workers=loader.num_workers,
             worker_init_fn=loader.worker_init_fn,
             multiprocessing_context=loader.multiprocessing_context,
