@@ -23,6 +23,7 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
     default_collate,
+    get_worker_info,
 )
 
 from trak_dropout import BatchError, LossOutput, open_store, top_influences
@@ -323,6 +324,42 @@ def test_indices(tmp_path: Path) -> None:
         fit(tmp_path / "c", indices=[300])
     with pytest.raises(MisconfigurationException, match="train_set_size=7 was given"):
         fit(tmp_path / "c", train_set_size=7)
+
+
+class Opened(Dataset):
+    """Images that each worker opens for itself, in parts or as a whole."""
+
+    images: Any = None
+
+    def __init__(self) -> None:
+        self._seed = "the data set's own"
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index], digits()[1][index]
+
+
+def open_images(worker: int) -> None:
+    dataset = get_worker_info().dataset  # type: ignore[union-attr]
+    if hasattr(dataset, "indices"):
+        dataset = dataset.dataset
+    assert (dataset.images, dataset._seed, len(dataset)) == (None, "the data set's own", 60)
+    dataset.images = digits()[0]
+
+
+@pytest.mark.parametrize(("how", "part"), [("fork", False), ("spawn", True)])
+def test_workers_reach_the_data_set_by_its_attributes(tmp_path: Path, how: str, part: bool) -> None:
+    data = Subset(Opened(), range(50)) if part else Opened()
+    chosen = [7, 3, 40, 11]
+    read = loader(data, 2, num_workers=1, worker_init_fn=open_images, multiprocessing_context=how)
+    collector, _, _ = fit(
+        tmp_path / how, net(), loader(train_set(60)), max_epochs=1, dataloader=read, indices=chosen
+    )
+    plain, _, _ = fit(tmp_path / "plain", net(), loader(train_set(60)), max_epochs=1,
+                      indices=chosen, batch_size=2)  # fmt: skip
+    np.testing.assert_array_equal(collector.store.grads(0), plain.store.grads(0))
 
 
 def by_ink(samples: list[Any]) -> Any:

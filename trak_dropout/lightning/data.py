@@ -242,7 +242,7 @@ class TrainingData:
         dataset: Any = self._samples
         if groups is not None:
             how = {"batch_sampler": groups}
-            dataset = _Seeded(dataset, self.seed)
+            dataset = _Seeded(dataset, self.seed, loader.dataset)
         return DataLoader(
             dataset,
             collate_fn=collate_fn or loader.collate_fn,
@@ -326,22 +326,41 @@ def _together(batches: list[tuple[int, Any]]) -> tuple[list[int], Any]:
 
 
 class _Seeded(Dataset[Any]):
-    """A data set whose randomness depends on a seed and the index alone."""
+    """A data set whose randomness depends on a seed and the index alone.
 
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self._dataset, self._seed = dataset, seed
+    In a worker, ``get_worker_info().dataset`` is this one: attributes are the user's data set's.
+
+    Args:
+        dataset: the samples to read.
+        seed: the seed.
+        users: the data set that the user knows, of which they may be a part.
+    """
+
+    def __init__(self, dataset: Any, seed: int, users: Any) -> None:
+        self.__dict__.update(_Seeded__dataset=dataset, _Seeded__seed=seed, _Seeded__users=users)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_Seeded__") or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)  # such as what pickle looks for
+        return getattr(self.__users, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__users, name, value)
+
+    def __len__(self) -> int:
+        return len(self.__users)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        set_random_states(self._seed, indices[0])
-        inner = _without_subsets(self._dataset)
+        set_random_states(self.__seed, indices[0])
+        inner = _without_subsets(self.__dataset)
         if callable(getattr(inner, "__getitems__", None)):
-            return self._dataset.__getitems__(list(indices))
+            return self.__dataset.__getitems__(list(indices))
         if type(inner) is TensorDataset:  # nothing is random in it
-            return [self._dataset[index] for index in indices]
+            return [self.__dataset[index] for index in indices]
         samples = []
         for index in indices:
-            set_random_states(self._seed, index)
-            samples.append(self._dataset[index])
+            set_random_states(self.__seed, index)
+            samples.append(self.__dataset[index])
         return samples
 
     def __getitem__(self, index: int) -> Any:
