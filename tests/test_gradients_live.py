@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -389,6 +391,28 @@ def test_no_hook_is_left() -> None:
 
 def _fail() -> None:
     raise FactorError("no module")
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_not_looked_into(how: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    projector = DropoutProjector.from_model(model, 10)
+    live = LiveGradients(model, projector.shares(0, "cpu"), names_of(model))
+    inputs = torch.randn(2, 5)
+
+    def rows(other: Callable[[Tensor], Tensor]) -> Tensor:
+        live.begin(2)
+        loss = model(inputs).sum() + 0 * other(inputs).sum()
+        live.expect()
+        loss.backward()
+        return live.end()
+
+    with live:
+        twin = how(model)
+        assert torch.equal(twin(inputs), model(inputs))
+        alone, together = rows(lambda given: given), rows(twin)
+    assert torch.equal(alone, together)
+    assert b"trak_dropout" not in pickle.dumps(twin)
 
 
 def test_calls_out_of_order_are_refused() -> None:

@@ -14,6 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from cases import Classifier, digits, train_set, trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -332,6 +333,21 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert not any(part._forward_hooks for part in module.modules())
     assert not any(weight._backward_hooks for weight in module.parameters())
     assert "process_dataloader" not in vars(fitted.strategy)
+
+
+def test_a_module_whose_network_is_a_hyperparameter_is_saved(tmp_path: Path) -> None:
+    class Kept(Stepper):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            self.save_hyperparameters()
+
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    module, callbacks = Kept(calm_net()), [saving, collector(tmp_path / "store")]
+    fitted = trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=1)
+    fitted.fit(module, DataLoader(dataset(), 16))
+    loaded = Kept.load_from_checkpoint(saving.last_model_path, weights_only=False)
+    images = dataset()[:][0]
+    assert torch.equal(loaded.eval()(images), module.eval()(images))
 
 
 def test_blocks_are_inspected_and_verified(tmp_path: Path) -> None:

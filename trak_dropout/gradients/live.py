@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -163,14 +164,24 @@ def find_layouts(
     return found
 
 
-def _on_call(
-    site: Site, handler: Callable[[Site, list[Tensor], Tensor], Tensor | None]
-) -> RemovableHandle:
-    """Have a handler called wherever a site's module contributes to a gradient."""
+Handler = Callable[[Site, list[Tensor], Tensor], Tensor | None]
 
-    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+
+class _Hook:
+    """Calls a handler wherever a site's module contributes to a gradient.
+
+    A copy of the module, by pickle or in memory, has a hook that does nothing.
+    """
+
+    def __init__(self, site: Site, handler: Handler) -> None:
+        self._site, self._handler = site, handler
+
+    def __call__(
+        self, _: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
+        site = self._site
         if not isinstance(output, Tensor):
             raise FactorError(
                 f"{site.name} returns a {type(output).__name__}, not a tensor; leave its "
@@ -179,10 +190,17 @@ def _on_call(
         if not output.requires_grad:
             return None
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        return handler(site, given, output)
+        return self._handler(site, given, output)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Takes whatever it is given and returns None, also where this package is not installed.
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _on_call(site: Site, handler: Handler) -> RemovableHandle:
+    """Have a handler called wherever a site's module contributes to a gradient."""
     # Before hooks of the user, which may change what the layer computed.
-    return site.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+    return site.module.register_forward_hook(_Hook(site, handler), prepend=True, with_kwargs=True)
 
 
 @dataclass
