@@ -14,9 +14,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from cases import Classifier, digits, train_set, trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from test_lightning_hostile import file_limit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
@@ -306,14 +307,45 @@ def test_a_run_that_ended_within_an_epoch_goes_on(tmp_path: Path) -> None:
             ckpt_path=tmp_path / "at.ckpt",
         )
     assert not list((tmp_path / "store").rglob("*.earlier"))
-    assert sorted(set(td.block_visits(td.open_store(tmp_path / "store"), 1).batch)) == [
-        6,
-        7,
-        8,
-        9,
-        10,
-    ]
+    visits = td.block_visits(td.open_store(tmp_path / "store"), 1)
+    assert sorted(set(visits.batch)) == list(range(6, 11))
     check_rows(tmp_path / "store", watcher, 1e-4)
+
+
+def test_a_checkpoint_of_an_exception_has_the_rows_before_it(tmp_path: Path) -> None:
+    """Lightning saves it after the collector has heard of the exception."""
+    watcher, saving = Watcher(), OnExceptionCheckpoint(tmp_path)
+    callbacks = [watcher, collector(tmp_path / "store"), Interrupt(tmp_path, 0, 8), saving]
+    with pytest.raises(BrokenOffError):
+        fit(net, callbacks, max_epochs=3, enable_checkpointing=True)
+    resumed = trainer(callbacks=[watcher, collector(tmp_path / "store")], max_epochs=3)
+    resumed.fit(Stepper(net()), DataLoader(dataset(), 16), ckpt_path=saving.ckpt_path)
+    check_rows(tmp_path / "store", watcher, 1e-5)
+    visits = td.block_visits(td.open_store(tmp_path / "store"), 1)
+    assert sorted(set(visits.batch)) == list(range(6, 11))
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_disk_that_is_full_is_told_of(
+    tmp_path: Path, by_hand: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it is the collector that fails; another exception is not hidden by it."""
+
+    class Fills(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *rest: Any) -> None:
+            if trainer.global_step == 8:
+                limit(30_000)  # less than 75 x 200 x 4 bytes
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+            if by_hand and trainer.global_step == 9:
+                raise BrokenOffError
+
+    told = r"no room for the rows of an epoch: File too large.*make room"
+    error = pytest.raises(BrokenOffError) if by_hand else pytest.raises(OSError, match=told)
+    with error, file_limit() as limit:
+        fit(net, [Fills(), collector(tmp_path / "store")], max_epochs=3)
+    assert ("the last rows could not be written" in caplog.text) == by_hand
+    assert td.open_store(tmp_path / "store").model_ids == [0]
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -429,6 +429,8 @@ class GradientCollector(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Let go of the store; what is in it can be taken up again."""
+        if self._rows is not None:
+            self._rows.on_exception()
         self._close(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

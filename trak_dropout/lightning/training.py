@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -35,6 +36,7 @@ from trak_dropout.projector import DropoutProjector
 from trak_dropout.store import ManifestSaver
 from trak_dropout.visits import NOT_STORED, VISITS, Visits
 
+_LOG = logging.getLogger(__name__)
 ROWS = "minus the gradient of the training loss"
 _BATCHES_HELD, _BYTES_HELD = 1024, 2**24
 
@@ -229,6 +231,14 @@ class TrainingRows:
         """Bring to disk what a run that is resumed from this checkpoint will not see again."""
         if self._block is not None:
             self._block.sync()
+
+    def on_exception(self) -> None:
+        """Bring rows to disk: a checkpoint may be saved after this, and resumed from."""
+        if self._block is not None and not self._block.failed:
+            try:
+                self._block.sync()
+            except OSError as error:  # the exception that ended the fit comes first
+                _LOG.error("GradientCollector: the last rows could not be written: %s", error)
 
     def stop(self) -> None:
         """Take hooks off the module and the loader, and close files; what is written stays."""
@@ -432,6 +442,7 @@ class _Block:
         self._visits: list[Visits] = []
         self._since_step = 0
         self._held = 0
+        self.failed = False
 
     def add(self, visits: Visits, rows: Tensor) -> None:
         """Take a batch's rows."""
@@ -457,18 +468,26 @@ class _Block:
     def sync(self) -> None:
         """Bring everything to disk."""
         self._flush(len(self._rows))
-        with _room(self._writer.directory):
+        with self._writing():
             self._writer.sync()
 
     def close(self) -> None:
         """Close files; rows that wait are dropped."""
         self._writer.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What failed once is not tried again: rows may be written in part."""
+        self.failed = True
+        with _room(self._writer.directory):
+            yield
+        self.failed = False
+
     def _flush(self, count: int) -> None:
         """Write the rows of the first batches."""
         if count:
             rows = torch.cat(self._rows[:count]).float().cpu().numpy()
-            with _room(self._writer.directory):
+            with self._writing():
                 self._writer.add(Visits.joined(self._visits[:count]), rows)
         self._rows, self._visits = self._rows[count:], self._visits[count:]
         self._since_step = min(self._since_step, len(self._rows))
