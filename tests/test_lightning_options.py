@@ -1,5 +1,6 @@
 """GradientCollector: when it collects, over what, of which part of the module, and for whom."""
 
+import itertools
 import os
 import threading
 import time
@@ -293,6 +294,26 @@ def test_iterable_data_sets_of_stated_length(tmp_path: Path, how: str) -> None:
     )
     fixed, _, _ = fit(tmp_path / "m", net(), loader(train_set(120)), max_epochs=1)
     np.testing.assert_array_equal(collector.store.grads(0), fixed.store.grads(0))
+
+
+class Sharded(Stream):
+    """Each worker has a part of the samples."""
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        start, step = (0, 1) if info is None else (info.id, info.num_workers)
+        return itertools.islice(super().__iter__(), start, None, step)
+
+
+@pytest.mark.parametrize("kind", [Stream, Sharded])
+def test_streams_that_several_workers_read_are_in_order(tmp_path: Path, kind: Any) -> None:
+    one = loader(train_set(120))
+    stream = DataLoader(kind(), 50, num_workers=2)
+    rows = [
+        fit(tmp_path / name, net(), one, max_epochs=1, dataloader=data, **options)[0].store.grads(0)
+        for name, data, options in (("s", stream, {"train_set_size": 120}), ("m", one, {}))
+    ]
+    np.testing.assert_allclose(*rows, rtol=1e-4, atol=1e-6)
 
 
 def test_a_stream_of_another_length_is_refused(tmp_path: Path) -> None:

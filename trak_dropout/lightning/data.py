@@ -246,7 +246,8 @@ class TrainingData:
         return DataLoader(
             dataset,
             collate_fn=collate_fn or loader.collate_fn,
-            num_workers=loader.num_workers,
+            # Several workers would give a stream's samples in turns, each with batches of its own.
+            num_workers=min(loader.num_workers, 1) if self.is_stream else loader.num_workers,
             worker_init_fn=loader.worker_init_fn,
             multiprocessing_context=loader.multiprocessing_context,
             prefetch_factor=loader.prefetch_factor,
