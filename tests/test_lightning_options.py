@@ -4,6 +4,7 @@ import itertools
 import os
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -533,6 +534,28 @@ def test_the_modules_own_loss(tmp_path: Path) -> None:
     assert scores.shape == (300, 20)
     with pytest.raises(MisconfigurationException, match="has no loss function as attribute"):
         fit(tmp_path / "c", net(), task="loss")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_class_weights_that_cancel_are_told_of(tmp_path: Path, reduction: str) -> None:
+    class Weighted(Classifier):
+        def __init__(self, given: nn.Module) -> None:
+            super().__init__(given)
+            weight = torch.arange(1.0, 11)
+            self.criterion = nn.CrossEntropyLoss(weight, reduction=reduction)
+
+    plain, _, _ = fit(tmp_path / "a", net(), max_epochs=1, task=LossOutput(nn.CrossEntropyLoss()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weighted, _, _ = fit(tmp_path / "b", net(Weighted), max_epochs=1, task="loss")
+    told = [
+        w for w in caught if "Weighted.criterion divides by the class weights" in str(w.message)
+    ]
+    assert len(told) == (reduction == "mean")
+    factor = 1 if reduction == "mean" else train_set()[:][1][:, None].numpy() + 1
+    np.testing.assert_allclose(
+        weighted.store.grads(0), plain.store.grads(0) * factor, rtol=1e-3, atol=1e-4
+    )
 
 
 class Unlogged(Classifier):

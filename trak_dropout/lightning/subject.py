@@ -7,6 +7,7 @@ from fnmatch import filter as matching
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
 )
@@ -101,6 +102,16 @@ def own_loss(module: pl.LightningModule) -> AbstractModelOutput:
     for name in _LOSS_NAMES:
         loss = getattr(module, name, None)
         if callable(loss):
+            weighted = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and (
+                loss.weight is not None and loss.reduction == "mean"
+            )
+            if weighted:
+                rank_zero_warn(
+                    f"GradientCollector(task={OWN_LOSS!r}): {type(module).__name__}.{name} divides "
+                    "by the class weights of its samples, so that for a single one its weight "
+                    "cancels: this task is the loss without class weights. To keep them, give task="
+                    f"trak_dropout.LossOutput({type(loss).__name__}(weight=..., reduction='sum'))"
+                )
             return LossOutput(loss)
     raise MisconfigurationException(
         f"GradientCollector(task={OWN_LOSS!r}): {type(module).__name__} has no loss function as "
