@@ -173,6 +173,46 @@ def test_targets_out_of_range_are_refused(tmp_path: Path) -> None:
         traker.score(batch, num_samples=50)
 
 
+def test_targets_in_a_new_process(tmp_path: Path) -> None:
+    model = mlp()
+    states = checkpoints(model, 2)
+    traker, expected = quickstart(model, states, tmp_path, task=loss(1e-7), **plugin(model, 64))
+    again = TRAKer(
+        model,
+        loss(1e-7),
+        300,
+        str(tmp_path),
+        device="cpu",
+        logging_level=logging.ERROR,
+        **plugin(model, 64),
+    )
+    for model_id, state in enumerate(states):
+        again.start_scoring_checkpoint("again", state, model_id, 20)
+        for name in ("grads", "is_featurized"):
+            file = Path(again.saver.current_store[name].filename)
+            assert file.parent.name == str(model_id)
+        for batch in loader(target_set()):
+            again.score(batch, num_samples=len(batch[0]))
+    np.testing.assert_array_equal(np.array(again.finalize_scores("again")), expected)
+
+
+def test_targets_out_of_range_leave_other_checkpoints_alone(tmp_path: Path) -> None:
+    traker, model = collected(tmp_path, shouting(1.0, 1.0))
+    traker.finalize_features()
+    traker.load_checkpoint(model.state_dict(), 1)
+    batch = next(iter(DataLoader(shouting(1.0, 1.0), 50)))
+    traker.featurize(batch, num_samples=50)  # the rows open last are those of a checkpoint begun
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, 50)
+    stored = {m: np.array(Store(tmp_path).grads(m)) for m in (0, 1)}
+    manifest = (tmp_path / "manifest.json").read_text()
+    batch = next(iter(DataLoader(shouting(1e6, 1e6), 50)))
+    with pytest.raises(ValueError, match=r"targets for model_id=0 do not fit the float16 store"):
+        traker.score(batch, num_samples=50)
+    assert (tmp_path / "manifest.json").read_text() == manifest
+    for m, rows in stored.items():
+        np.testing.assert_array_equal(Store(tmp_path).grads(m), rows)
+
+
 def test_vanishing_rows_are_named(caplog: pytest.LogCaptureFixture) -> None:
     scales = StorageScales(1.0, choose=lambda *_: None)
     values = torch.ones(4, 3)

@@ -243,14 +243,16 @@ class ManifestSaver(MmapSaver):
         save_tensors(_weights_file(self.save_dir, model_id), weights)
 
     def load_current_store(self, model_id: int, *args: Any, **options: Any) -> None:
-        """Open a checkpoint's files, as for TRAK's savers.
+        """Open a checkpoint's files, as for TRAK's savers, and its rows with those of targets.
 
         Args:
             model_id: the checkpoint.
             *args: as for TRAK's savers.
             **options: as for TRAK's savers.
         """
-        super().load_current_store(model_id, *args, **options)
+        super().load_current_store(model_id)
+        if args or options:  # an experiment's; TRAK would leave another checkpoint's rows open
+            super().load_current_store(model_id, *args, **options)
         self._projector.scales = self._scales  # another store may have used the projector since
         if self._scales is None:
             return
