@@ -176,7 +176,7 @@ def test_targets_out_of_range_are_refused(tmp_path: Path) -> None:
 def test_targets_in_a_new_process(tmp_path: Path) -> None:
     model = mlp()
     states = checkpoints(model, 2)
-    traker, expected = quickstart(model, states, tmp_path, task=loss(1e-7), **plugin(model, 64))
+    _, expected = quickstart(model, states, tmp_path, task=loss(1e-7), **plugin(model, 64))
     again = TRAKer(
         model,
         loss(1e-7),

@@ -2,12 +2,13 @@
 
 import json
 import logging
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cases import checkpoints, mlp, quickstart
+from cases import checkpoints, digits, mlp, quickstart
 from torch import nn
 from trak import TRAKer
 
@@ -128,6 +129,92 @@ def test_swapped_statistics_are_refused(tmp_path: Path) -> None:
     manifest.write_text(json.dumps(content | {"statistics": {}}))
     with pytest.raises(StoreMismatchError, match="without the statistics of their masks"):
         reopen(model, tmp_path / "s", **options)
+
+
+def featurize(traker: TRAKer, model_id: int, magnitude: float = 1.0) -> None:
+    images, labels = digits()
+    for start in range(0, 300, 100):
+        rows = np.arange(start, start + 100)
+        traker.featurize((magnitude * images[rows], labels[rows]), inds=rows)
+    traker.finalize_features([model_id])
+
+
+def test_processes_keep_each_others_facts(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    first, second = (reopen(model, tmp_path) for _ in range(2))
+    for model_id, traker in enumerate((first, second)):
+        traker.load_checkpoint(model.state_dict(), model_id)
+        featurize(traker, model_id, 1e-5)
+    first.saver.describe_run(note="x")
+    known = Store(tmp_path).manifest["model_ids"]
+    assert known.keys() == {"0", "1"}
+    assert all(facts.keys() == {"scale", "features_divided_by"} for facts in known.values())
+    assert all(facts["scale"] > 1 for facts in known.values())
+    second.saver.forget(0)
+    first.saver.describe(1, note="y")
+    manifest = Store(tmp_path).manifest
+    assert manifest["run"] == {"note": "x", "dropped": [0]}
+    assert manifest["model_ids"].keys() == {"1"}
+
+
+def test_processes_write_the_manifest_in_turn(tmp_path: Path) -> None:
+    traker = reopen(mlp(), tmp_path)
+
+    def describe(rank: int) -> None:
+        for i in range(20):
+            traker.saver.describe(rank, **{str(i): i})
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=describe, args=(rank,)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    known = Store(tmp_path).manifest["model_ids"]
+    assert known == {str(rank): {str(i): i for i in range(20)} for rank in range(4)}
+
+
+def test_processes_of_one_checkpoint_use_one_factor(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    images, labels = digits()
+    first = reopen(model, tmp_path)
+    first.load_checkpoint(model.state_dict(), 0)
+    second, third = (reopen(model, tmp_path) for _ in range(2))
+    third.load_checkpoint(model.state_dict(), 0)  # before there is a factor
+    first.featurize((1e-5 * images[:50], labels[:50]), inds=np.arange(50))
+    second.load_checkpoint(model.state_dict(), 0)
+    second.featurize((1e-3 * images[50:99], labels[50:99]), inds=np.arange(50, 99))
+    scale = Store(tmp_path).scale(0)
+    assert scale > 1
+    assert second.projector.scales.factors == first.projector.scales.factors == {0: scale}
+    with pytest.raises(StoreMismatchError, match="another process stores gradients of model_id=0"):
+        third.featurize((images[99:150], labels[99:150]), inds=np.arange(99, 150))
+    assert Store(tmp_path).scale(0) == scale
+    assert not np.load(tmp_path / "0" / "_is_featurized.mmap")[99:].any()
+    third.load_checkpoint(model.state_dict(), 0)
+    third.featurize((1e-5 * images[99:150], labels[99:150]), inds=np.arange(99, 150))
+
+
+def test_processes_share_statistics(tmp_path: Path) -> None:
+    model = mlp()
+    options = {"proj_type": "weighted_dropout", "half": False}
+    trakers = [reopen(model, tmp_path, **options) for _ in range(3)]
+    for model_id, traker in enumerate(trakers):  # all open the store before one calibrates
+        traker.load_checkpoint(model.state_dict(), model_id)
+    featurize(trakers[0], 0)
+    found = trakers[0].projector.statistics[None].digest
+    # One that calibrates by itself takes over what is there by now.
+    images, labels = digits()
+    trakers[1].featurize((images[100:150], labels[100:150]), inds=np.arange(100, 150))
+    assert trakers[1].projector.statistics[None].digest == found
+    # One that was calibrated with others is refused before it writes anything.
+    trakers[2].projector.calibrate([torch.randn(5, 2410)])
+    before = listing(tmp_path)
+    for _ in range(2):
+        with pytest.raises(StoreMismatchError, match="one calibrates, before the others open"):
+            featurize(trakers[2], 2)
+    assert listing(tmp_path) == before
+    assert Store(tmp_path).manifest["statistics"] == {"shared": found}
 
 
 def test_projector_and_saver_must_belong_together(tmp_path: Path) -> None:

@@ -8,12 +8,17 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 _BLOCK = 2**22
 _CANNOT_ALLOCATE = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -52,6 +57,24 @@ def write_json(path: Path, content: Any) -> None:
     """
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time into the block, of those that give the same file.
+
+    The operating system lets go if a process dies. A block must not hold another one on the same
+    file. Where the system or the file system has no such locks, nobody is kept out.
+
+    Args:
+        path: a file to lock, made if it is not there; it stays behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def allocate_matrix(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> None:

@@ -125,6 +125,9 @@ class DropoutProjector(AbstractProjector):
         self._plan: tuple[Any, Plan] | None = None
         # Set by a store in float16: results are then multiplied by a power of two that fits it.
         self.scales: StorageScales | None = None
+        # Set by a store: called with a model_id and what calibrates, before the first projection
+        # of a checkpoint, to have the statistics in common with other processes.
+        self.settle: Callable[[int, Callable[[], None]], None] | None = None
 
     @classmethod
     def from_model(
@@ -304,13 +307,8 @@ class DropoutProjector(AbstractProjector):
         """
         blocks = self._blocks(grads)
         model_id = check_integer("model_id", model_id)
-        if not self.calibrated(model_id):
-            _LOG.info(
-                "weighted_dropout was not calibrated: the %d samples of the first batch projected "
-                "calibrate it for good; call calibrate with a few hundred samples for more",
-                len(blocks[0][1]),
-            )
-            self.calibrate([grads], samples=1)
+        if self.proj_type == "weighted_dropout" and model_id not in self._projected:
+            self._settle_statistics(grads, model_id)
         self._projected.add(model_id)
         first = blocks[0][1]
         names = tuple(name for name, _ in blocks)
@@ -322,6 +320,22 @@ class DropoutProjector(AbstractProjector):
             plan.add_to(out, {i: block for i, (_, block) in enumerate(blocks)})
             plan.finish(out)
         return self.finish(out, model_id)
+
+    def _settle_statistics(self, grads: Mapping[str, Tensor] | Tensor, model_id: int) -> None:
+        """Fix what a checkpoint's mask is drawn by; where nothing is, a batch calibrates."""
+
+        def calibrate() -> None:
+            _LOG.info(
+                "weighted_dropout was not calibrated: the %d samples of the first batch projected "
+                "calibrate it for good; call calibrate with a few hundred samples for more",
+                len(self._blocks(grads)[0][1]),
+            )
+            self.calibrate([grads], samples=1)
+
+        if self.settle is not None:
+            self.settle(model_id, calibrate)
+        elif not self.calibrated(model_id):
+            calibrate()
 
     def finish(self, out: Tensor, model_id: int) -> Tensor:
         """Bring rows that were added up from `shares` into the form that `project` returns.

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class GradientStatistics:
             weights.append(Separable(np.sqrt(level * _relative(rows)), np.sqrt(_relative(columns))))
         return weights
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A short hash of the values, by which stores tell statistics apart."""
         content = b"".join(a.astype("<f8").tobytes() for a in (*self.rows, *self.columns))

@@ -9,6 +9,7 @@ directory::
     <m>/transient.safetensors    its buffers outside the state dict
     statistics_<m>.safetensors    what weighted dropout draws by, for checkpoint m or "shared"
     manifest.json    how the features came about
+    manifest.lock    empty; whoever changes the manifest locks it
 
 A plain ``TRAKer`` opens it, since the manifest lies beside its files and changes none of them.
 """
@@ -18,7 +19,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from trak.savers import MmapSaver
 
-from trak_dropout._files import allocate_matrix, remove_leftovers, replacing, write_json
+from trak_dropout._files import allocate_matrix, locked, remove_leftovers, replacing, write_json
 from trak_dropout._html import as_bytes, describe_html
 from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout.masks import Layout
@@ -43,6 +45,7 @@ from trak_dropout.statistics import GradientStatistics
 _LOG = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+_LOCK = "manifest.lock"
 
 
 class StoreMismatchError(ValueError):
@@ -136,7 +139,7 @@ class ManifestSaver(MmapSaver):
 
     Reopening a directory with anything different raises before anything is written. What storage
     cannot hold (NaN, infinities, float16 overflow, rows that float16 would turn to zero) is refused
-    instead of stored.
+    instead of stored. Processes that write checkpoints of their own may share a directory.
 
     Args:
         save_dir: the directory.
@@ -195,7 +198,7 @@ class ManifestSaver(MmapSaver):
             if use_half_precision
             else None
         )
-        projector.scales = self._scales
+        self._attach()
         super().__init__(
             save_dir=root,
             metadata=metadata,
@@ -213,8 +216,8 @@ class ManifestSaver(MmapSaver):
             model_id: the checkpoint.
             **facts: JSON values, such as ``epoch`` and ``global_step``.
         """
-        self.manifest["model_ids"].setdefault(str(model_id), {}).update(facts)
-        self._write_manifest()
+        with self._changing() as manifest:
+            manifest["model_ids"].setdefault(str(model_id), {}).update(facts)
 
     def describe_run(self, **facts: Any) -> None:
         """Add facts about the run as a whole to the manifest.
@@ -222,8 +225,8 @@ class ManifestSaver(MmapSaver):
         Args:
             **facts: JSON values.
         """
-        self.manifest["run"].update(facts)
-        self._write_manifest()
+        with self._changing() as manifest:
+            manifest["run"].update(facts)
 
     def save_weights(
         self, model_id: int, weights: Mapping[str, Tensor], transient: Mapping[str, Tensor]
@@ -253,22 +256,31 @@ class ManifestSaver(MmapSaver):
         super().load_current_store(model_id)
         if args or options:  # an experiment's; TRAK would leave another checkpoint's rows open
             super().load_current_store(model_id, *args, **options)
-        self._projector.scales = self._scales  # another store may have used the projector since
+        self._attach()  # another store may have used the projector since
         if self._scales is None:
             return
         self._scales.current = model_id
         done = self.current_store["is_featurized"]
+        self.manifest = read_manifest(self.save_dir)  # another process may have written to it
         facts = self.manifest["model_ids"].get(str(model_id), {})
-        if facts.pop("rescaling", None) is not None:
-            # A crash left rows of two scales: they are computed again.
-            done[:] = 0
-            self._write_manifest()
-        if done.all():  # stores of earlier versions have no factors
+        if "rescaling" in facts:
+            with self._changing() as manifest:  # once no process is at it any more
+                facts = manifest["model_ids"].get(str(model_id), {})
+                if facts.pop("rescaling", None) is not None:
+                    # A crash left rows of two scales: they are computed again.
+                    done[:] = 0
+        if "scale" in facts:
+            self._scales.factors[model_id] = facts["scale"]
+        elif done.all():  # stores of earlier versions have no factors
             self._scales.factors.setdefault(model_id, 1.0)
+
+    def _attach(self) -> None:
+        """Have the projector ask this store."""
+        self._projector.scales = self._scales
+        self._projector.settle = self._settle_statistics
 
     def _choose_scale(self, model_id: int, factor: float, before: float | None) -> None:
         """Record a checkpoint's factor before anything is stored with it."""
-        facts = self.manifest["model_ids"].setdefault(str(model_id), {})
         written = self.current_store["is_featurized"][:] == 1
         if model_id != self.current_model_id or written.all():
             raise ValueError(
@@ -276,10 +288,18 @@ class ManifestSaver(MmapSaver):
                 f"would need the factor {factor:g}, its training gradients have {before}; "
                 "featurize again with use_half_precision=False"
             )
-        if written.any():
-            self._rescale(facts, factor / (1.0 if before is None else before))
-        facts["scale"] = factor
-        self._write_manifest()
+        with self._changing() as manifest:
+            facts = manifest["model_ids"].setdefault(str(model_id), {})
+            known = facts.get("scale", before)
+            if known not in (before, factor):
+                raise StoreMismatchError(
+                    f"another process stores gradients of model_id={model_id} multiplied by "
+                    f"{known:g}, this one would need {factor:g}; load the checkpoint again to take "
+                    "that over, or featurize again with use_half_precision=False"
+                )
+            if known == before and written.any():
+                self._rescale(facts, factor / (1.0 if before is None else before))
+            facts["scale"] = factor
 
     def _rescale(self, facts: dict[str, Any], by: float) -> None:
         """Multiply the rows written so far; a crash meanwhile leaves a mark in the manifest."""
@@ -330,8 +350,9 @@ class ManifestSaver(MmapSaver):
         self.model_ids.pop(model_id, None)
         if self._scales is not None:
             self._scales.factors.pop(model_id, None)
-        if self.manifest["model_ids"].pop(str(model_id), None):
-            self._write_manifest()
+        if str(model_id) in self.manifest["model_ids"]:  # else nothing is written to a full disk
+            with self._changing() as manifest:
+                manifest["model_ids"].pop(str(model_id), None)
         _remove_checkpoint(self.save_dir, str(model_id))
 
     def restart(self, model_id: int, factor: float) -> None:
@@ -353,9 +374,10 @@ class ManifestSaver(MmapSaver):
         Args:
             model_id: the checkpoint.
         """
-        self.manifest["model_ids"].pop(str(model_id), None)
-        self.manifest["statistics"].pop(str(model_id), None)
-        self.describe_run(dropped=[*self.dropped, model_id])
+        with self._changing() as manifest:
+            manifest["model_ids"].pop(str(model_id), None)
+            manifest["statistics"].pop(str(model_id), None)
+            manifest["run"].setdefault("dropped", []).append(model_id)
         self.model_ids.pop(model_id, None)
         self.sweep()
 
@@ -392,14 +414,43 @@ class ManifestSaver(MmapSaver):
             write_json(self.save_dir / f"id_{model_id}.json", {str(model_id): state})
 
     def save_statistics(self) -> None:
-        """Write the statistics that the projector has and the store lacks."""
+        """Write the statistics that the projector has and the store lacks.
+
+        Raises:
+            StoreMismatchError: the store has others, of another process for example.
+        """
         saved = self.manifest["statistics"]
-        for model_id, statistics in self._projector.statistics.items():
-            key = _statistics_key(model_id)
-            if key not in saved:
-                save_tensors(_statistics_file(self.save_dir, key), statistics.to_tensors())
-                saved[key] = statistics.digest
-                self._write_manifest()
+        known = self._projector.statistics
+        if any(saved.get(_statistics_key(m)) != s.digest for m, s in known.items()):
+            self._settle_statistics()
+
+    def _settle_statistics(
+        self, model_id: int | None = None, calibrate: Callable[[], None] | None = None
+    ) -> None:
+        """Have the same statistics in projector and store.
+
+        Where neither has those of a checkpoint that is about to be projected, ``calibrate`` takes
+        them; other processes wait and take them over.
+        """
+        projector = self._projector
+        with self._changing() as manifest:
+            _share_statistics(self.save_dir, manifest, projector)
+            if model_id is not None and calibrate and not projector.calibrated(model_id):
+                calibrate()
+            saved = manifest["statistics"]
+            for owner, statistics in projector.statistics.items():
+                key = _statistics_key(owner)
+                if key not in saved:
+                    save_tensors(_statistics_file(self.save_dir, key), statistics.to_tensors())
+                    saved[key] = statistics.digest
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Any]]:
+        """Change the manifest as it stands on disk; no other process does meanwhile."""
+        with locked(self.save_dir / _LOCK):
+            self.manifest = read_manifest(self.save_dir)
+            yield self.manifest
+            self._write_manifest()
 
     def _write_manifest(self) -> None:
         write_json(self.save_dir / MANIFEST, self.manifest)
@@ -743,7 +794,7 @@ def remove_store(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for file in [*root.glob("statistics_*.safetensors"), root / "experiments.json"]:
         file.unlink(missing_ok=True)
-    for name in ("metadata.json", MANIFEST):
+    for name in ("metadata.json", MANIFEST, _LOCK):
         (root / name).unlink(missing_ok=True)
 
 
@@ -781,33 +832,25 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 def _claim(root: Path, settings: StoreSettings) -> dict[str, Any]:
     """Read and check the manifest of a directory, or write one where there is none."""
-    if (root / MANIFEST).is_file():
-        manifest = read_manifest(root)
-        differences = StoreSettings.from_json(manifest["settings"]).differences(settings)
-        if differences:
+    file = root / MANIFEST
+    if not file.is_file():
+        if any(root.glob("id_*.json")):
             raise StoreMismatchError(
-                f"{root} was written with other settings: {'; '.join(differences)}. "
-                "Give the same settings, or another save_dir"
-                + (
-                    " (dtype is TRAKer's use_half_precision)"
-                    if "dtype is" in str(differences)
-                    else ""
-                )
+                f"{root} holds TRAK features without a {MANIFEST}, so seed and scheme of their "
+                "projection are unknown; give another save_dir"
             )
-        return manifest
-    if any(root.glob("id_*.json")):
+        with locked(root / _LOCK):
+            if not file.is_file():  # another process may have begun meanwhile
+                head = {"format_version": FORMAT_VERSION, "settings": asdict(settings)}
+                write_json(file, {**head, "statistics": {}, "run": {}, "model_ids": {}})
+    manifest = read_manifest(root)
+    differences = StoreSettings.from_json(manifest["settings"]).differences(settings)
+    if differences:
         raise StoreMismatchError(
-            f"{root} holds TRAK features without a {MANIFEST}, so seed and scheme of their "
-            "projection are unknown; give another save_dir"
+            f"{root} was written with other settings: {'; '.join(differences)}. "
+            "Give the same settings, or another save_dir"
+            + (" (dtype is TRAKer's use_half_precision)" if "dtype is" in str(differences) else "")
         )
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "settings": asdict(settings),
-        "statistics": {},
-        "run": {},
-        "model_ids": {},
-    }
-    write_json(root / MANIFEST, manifest)
     return manifest
 
 
@@ -841,7 +884,8 @@ def _share_statistics(root: Path, manifest: dict[str, Any], projector: DropoutPr
             raise StoreMismatchError(
                 f"statistics ({key}) of weighted dropout are {digest} in the store at {root}, "
                 f"{given[key]} given: masks would differ. Give a projector that is not "
-                "calibrated; it takes over the store's"
+                "calibrated; it takes over the store's. Of several processes one calibrates, "
+                "before the others open the store"
             )
         if key not in given:
             file = _statistics_file(root, key)
