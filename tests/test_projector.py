@@ -1,18 +1,24 @@
 """DropoutProjector against TRAK's vectorize, and everything it must refuse."""
 
+import logging
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from cases import convnet, digits, mlp
+from cases import checkpoints, convnet, digits, loader, mlp, quickstart, target_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from trak import TRAKer
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.projectors import ProjectionType
 from trak.utils import vectorize
 
-from trak_dropout import DropoutProjector, NonFiniteGradientError
+from trak_dropout import DropoutProjector, NonFiniteGradientError, plugin
+from trak_dropout.statistics import GradientStatistics
 
 
 def gradients(model: nn.Module, n: int = 7, grad_wrt: list[str] | None = None) -> dict:
@@ -311,6 +317,50 @@ def test_first_batch_calibrates_for_good(caplog: pytest.LogCaptureFixture) -> No
         again.set_statistics(statistics, owner)
     for model_id in (0, 1, 5):
         assert torch.equal(again.project(grads, model_id), projector.project(grads, model_id))
+
+
+def test_statistics_that_nothing_keeps_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = mlp()
+    states = checkpoints(model, 1)
+
+    def projector() -> DropoutProjector:
+        return DropoutProjector.from_model(model, 64, proj_type="weighted_dropout")
+
+    def options(given: DropoutProjector) -> dict[str, Any]:
+        return {"use_half_precision": False, "lambda_reg": 1e-3, "projector": given}
+
+    first, second = projector(), projector()
+    _, expected = quickstart(model, states, tmp_path / "plain", **options(first))
+    assert "No store keeps these statistics" in caplog.text
+    assert [record.levelname for record in caplog.records if "_dropout" in record.name] == [
+        "WARNING"
+    ]
+    # What the warning says to do, in another process.
+    torch.save(first.statistics[None].to_tensors(), tmp_path / "statistics.pt")
+    kept = GradientStatistics.from_tensors(torch.load(tmp_path / "statistics.pt"))
+    second.set_statistics(kept)
+    traker = TRAKer(
+        model,
+        "image_classification",
+        300,
+        str(tmp_path / "plain"),
+        device="cpu",
+        logging_level=logging.ERROR,
+        **options(second),
+    )
+    traker.start_scoring_checkpoint("again", states[0], 0, 20)
+    for batch in loader(target_set()):
+        traker.score(batch, num_samples=len(batch[0]))
+    np.testing.assert_array_equal(np.array(traker.finalize_scores("again")), expected)
+    # A store keeps them.
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        plugs = plugin(model, 64, proj_type="weighted_dropout")
+        quickstart(model, states, tmp_path / "store", **plugs)
+    assert "was not calibrated" in caplog.text
+    assert "No store" not in caplog.text
 
 
 def test_calibrate_takes_a_loader() -> None:

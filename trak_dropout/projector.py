@@ -32,6 +32,12 @@ _Block = Tensor | FactoredGradient
 
 # Arguments with which TRAK builds its own projectors and for which a mask has no use.
 _TRAK_ARGUMENTS = frozenset({"max_batch_size", "block_size", "model_id"})
+_KEPT_NOWHERE = (
+    ". No store keeps these statistics: a projector in another process, to score these features "
+    "say, calibrates anew, and its columns mean nothing beside these. Use trak_dropout.plugin, "
+    "whose store keeps them, or save projector.statistics[None].to_tensors() and give "
+    "statistics.GradientStatistics.from_tensors(...) to projector.set_statistics there"
+)
 
 
 class NonFiniteGradientError(ValueError):
@@ -210,7 +216,9 @@ class DropoutProjector(AbstractProjector):
         """Take the statistics by which weighted dropout draws; other schemes need none.
 
         Of each weight matrix the mean squares of rows and columns are kept, of a vector those of
-        its entries. Without this call the first batch projected calibrates.
+        its entries. Without this call the first batch projected calibrates. The store of `plugin`
+        and that of the callback keep the statistics; with TRAK's own saver another process needs
+        them from `statistics`, to be given to `set_statistics`.
 
         Args:
             gradients: batches of per-sample gradients, as for `project`; or, with ``compute``,
@@ -325,10 +333,13 @@ class DropoutProjector(AbstractProjector):
         """Fix what a checkpoint's mask is drawn by; where nothing is, a batch calibrates."""
 
         def calibrate() -> None:
-            _LOG.info(
+            kept = self.settle is not None
+            _LOG.log(
+                logging.INFO if kept else logging.WARNING,
                 "weighted_dropout was not calibrated: the %d samples of the first batch projected "
-                "calibrate it for good; call calibrate with a few hundred samples for more",
+                "calibrate it for good; call calibrate with a few hundred samples for more%s",
                 len(self._blocks(grads)[0][1]),
+                "" if kept else _KEPT_NOWHERE,
             )
             self.calibrate([grads], samples=1)
 
