@@ -3,6 +3,7 @@
 import itertools
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,19 @@ from cases import (
 from torch import nn
 from trak import TRAKer
 from trak.gradient_computers import FunctionalGradientComputer, IterativeGradientComputer
+from trak.modelout_functions import ImageClassificationModelOutput
 from trak.utils import vectorize
 
-from trak_dropout import DampedScoreComputer, DropoutProjector, ManifestSaver, plugin
+from trak_dropout import (
+    DampedScoreComputer,
+    DropoutProjector,
+    FactoredGradientComputer,
+    LossOutput,
+    ManifestSaver,
+    Store,
+    StoreMismatchError,
+    plugin,
+)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +207,50 @@ def test_absolute_regularisation_goes_through(tmp_path: Path) -> None:
             lambda_reg=0.3,
             **plugin(model, 64, damping=0.1),
         )
+
+
+def test_the_store_knows_the_task(tmp_path: Path) -> None:
+    model = mlp()
+
+    def opened(task: Any, **plugs: Any) -> TRAKer:
+        return TRAKer(
+            model,
+            task,
+            300,
+            str(tmp_path),
+            device="cpu",
+            logging_level=logging.ERROR,
+            **{**plugin(model, 32), **plugs},
+        )
+
+    computer = plugin(model, 32)["gradient_computer"]
+    assert issubclass(computer, FactoredGradientComputer)
+    assert repr(computer) == repr(FactoredGradientComputer)
+    plain = {"gradient_computer": FactoredGradientComputer}
+    opened("image_classification", **plain)
+    assert Store(tmp_path).settings.task is None
+    opened(LossOutput(nn.functional.cross_entropy))  # one without a task opens with any
+    (tmp_path / "manifest.json").unlink()
+    opened("image_classification")
+    assert Store(tmp_path).settings.task == "image_classification"
+    opened("image_classification")
+    opened(ImageClassificationModelOutput())
+    opened(LossOutput(nn.functional.cross_entropy), **plain)
+    before = (tmp_path / "manifest.json").read_bytes()
+    with pytest.raises(
+        StoreMismatchError, match=r"task is 'image_classification' .*cross_entropy\)' given"
+    ):
+        opened(LossOutput(nn.functional.cross_entropy))
+    assert (tmp_path / "manifest.json").read_bytes() == before
+
+
+def test_plugs_serve_again_with_another_task(tmp_path: Path) -> None:
+    model = mlp()
+    plugs = plugin(model, 32)
+    losses = [nn.functional.cross_entropy, nn.functional.multi_margin_loss]
+    for i, loss in enumerate(losses):
+        quickstart(model, checkpoints(model, 1), tmp_path / str(i), task=LossOutput(loss), **plugs)
+        assert loss.__name__ in str(Store(tmp_path / str(i)).settings.task)
 
 
 def test_bad_arguments() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from torch import nn
+from trak.modelout_functions import AbstractModelOutput
 
 from trak_dropout.gradients import FactoredGradientComputer
 from trak_dropout.masks import DEFAULT_FOLD
+from trak_dropout.outputs import task_name
 from trak_dropout.projector import DropoutProjector
 from trak_dropout.scoring import DampedScoreComputer, check_damping
 from trak_dropout.store import ManifestSaver
@@ -41,7 +43,7 @@ def plugin(
 
     Returns:
         ``projector``, ``gradient_computer``, ``score_computer``, ``saver`` and, where given,
-        ``grad_wrt``.
+        ``grad_wrt``. With this gradient computer the store knows its task, too.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -51,14 +53,30 @@ def plugin(
     projector = DropoutProjector.from_model(
         model, proj_dim, seed, proj_type, device, grad_wrt=names, fold=fold
     )
+    tasks: list[str] = []
     plugs: dict[str, Any] = {
         "projector": projector,
-        "gradient_computer": FactoredGradientComputer,
+        "gradient_computer": _noting_task(tasks.append),
         "score_computer": partial(
             DampedScoreComputer, damping=check_damping(damping), scales=lambda: projector.scales
         ),
-        "saver": partial(ManifestSaver, projector=projector),
+        # TRAKer gives its task to the gradient computer, and then makes the saver.
+        "saver": partial(
+            ManifestSaver, projector=projector, task=lambda: tasks.pop() if tasks else None
+        ),
     }
     if names is not None:
         plugs["grad_wrt"] = names
     return plugs
+
+
+def _noting_task(note: Callable[[str], None]) -> type[FactoredGradientComputer]:
+    """A `FactoredGradientComputer` that says the name of its task when it is made."""
+
+    class Noting(FactoredGradientComputer):
+        def __init__(self, model: nn.Module, task: AbstractModelOutput, *args: Any, **options: Any):
+            super().__init__(model, task, *args, **options)
+            note(task_name(task))
+
+    update_wrapper(Noting, FactoredGradientComputer, updated=())
+    return Noting

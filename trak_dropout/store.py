@@ -150,7 +150,7 @@ class ManifestSaver(MmapSaver):
         logging_level: as for TRAK's savers.
         use_half_precision: store float16 instead of float32.
         projector: the projector whose output is stored.
-        task: name of the model output function, if known.
+        task: name of the model output function, or what returns it; None when unknown.
 
     Raises:
         StoreMismatchError: the directory holds features of other settings, or features without
@@ -168,7 +168,7 @@ class ManifestSaver(MmapSaver):
         use_half_precision: bool,
         *,
         projector: DropoutProjector,
-        task: str | None = None,
+        task: str | Callable[[], str | None] | None = None,
     ) -> None:
         given = (proj_dim, metadata.get("JL matrix type"))
         if given != (projector.proj_dim, projector.proj_type):
@@ -177,7 +177,10 @@ class ManifestSaver(MmapSaver):
                 f"{projector!r}; give TRAKer the projector and the saver of one plugin() call"
             )
         self.settings = StoreSettings.of(
-            projector, train_set_size, "float16" if use_half_precision else "float32", task
+            projector,
+            train_set_size,
+            "float16" if use_half_precision else "float32",
+            task() if callable(task) else task,
         )
         root = Path(save_dir).resolve()
         self.manifest = _claim(root, self.settings)
