@@ -326,6 +326,19 @@ def test_weights_read_behind_their_layer_are_noticed() -> None:
             live.end()
 
 
+def test_layers_that_nothing_is_seen_of_do_not_give_zeros() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    projector = DropoutProjector.from_model(model, 8, fold=1)
+    with LiveGradients(
+        model, projector.shares(0, "cpu"), ["0.weight", "0.bias"], check=False
+    ) as live:
+        live.begin(2)
+        nn.functional.linear(torch.randn(2, 4), model[0].weight).sum().backward()
+        live.expect()
+        with pytest.raises(FactorError, match="none of the layers was seen to run"):
+            live.end()
+
+
 def test_what_flows_back_within_the_forward_is_not_taken() -> None:
     torch.manual_seed(6)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()

@@ -635,6 +635,37 @@ def test_batches_may_be_of_any_length(tmp_path: Path, flat: bool) -> None:
         np.testing.assert_allclose(store.grads(0)[index], row.numpy(), rtol=1e-4, atol=1e-6)
 
 
+def longest_first(samples: list[tuple[Tensor, int]]) -> list[Tensor]:
+    """As for `nn.utils.rnn.pack_padded_sequence`."""
+    return padded(sorted(samples, key=lambda sample: -len(sample[0])))
+
+
+def test_a_collation_that_sorts_is_refused(tmp_path: Path) -> None:
+    """Though the samples of the trial are in its order."""
+    samples = [(torch.randn(9 - i // 4, 4), i % 3) for i in range(30)]
+    loader = DataLoader(samples, 7, shuffle=True, collate_fn=longest_first)
+    with pytest.raises(MisconfigurationException, match=r"\(longest_first\) reorders samples"):
+        trainer(callbacks=[collector(tmp_path, proj_dim=40)]).fit(Padded(False), loader)
+
+
+class Buckets(torch.utils.data.Sampler[Any]):
+    """Batches of samples of the same length, which need no padding."""
+
+    def __iter__(self) -> Any:
+        return iter([list(range(begin, begin + 5)) for begin in range(0, 30, 5)])
+
+    def __len__(self) -> int:
+        return 6
+
+
+def test_samples_of_the_trial_are_of_one_length_where_they_must(tmp_path: Path) -> None:
+    samples = [(torch.randn(1 + i // 5, 4), torch.ones(1 + i // 5), i % 3) for i in range(30)]
+    loader = DataLoader(samples, batch_sampler=Buckets())
+    found = collector(tmp_path, proj_dim=40)
+    trainer(max_epochs=1, callbacks=[found]).fit(Padded(False), loader)
+    assert found.model_ids == [0]
+
+
 class Views(Stepper):
     """A contrastive loss over two views of each sample."""
 

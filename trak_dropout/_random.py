@@ -9,13 +9,16 @@ from pytorch_lightning.utilities.seed import isolate_rng
 
 
 @contextmanager
-def random_states_kept() -> Iterator[None]:
+def random_states_kept(cuda: bool = True) -> Iterator[None]:
     """Leave the random states of Python, NumPy and torch as they were found.
 
     Lightning's ``isolate_rng`` does not where the block raises.
+
+    Args:
+        cuda: also those of CUDA, which a forked process cannot use.
     """
     failure: BaseException | None = None
-    with isolate_rng():
+    with isolate_rng(include_cuda=cuda):
         try:
             yield
         except BaseException as error:  # raised again below

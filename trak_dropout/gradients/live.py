@@ -378,16 +378,26 @@ class LiveGradients:
 
         Raises:
             RuntimeError: no backward was announced.
-            FactorError: the sums over samples are not the gradient that autograd computed.
+            FactorError: the sums over samples are not the gradient that autograd computed, or no
+                layer was seen in the first batch.
         """
         step = self._step
         if step is None or step.scale is None:
             raise RuntimeError("end() must be called after begin(), expect() and the backward")
         if step.checked:
             self._compare(step)
+        elif self._steps == 1 and not step.calls and self._reached():
+            raise FactorError(
+                "none of the layers was seen to run in a batch, though its loss depends on them, "
+                "as where a compiled function calls them; collect at checkpoints"
+            )
         self._drop()
         factor = step.samples if self._reduction == "mean" else 1
         return step.intake.finish().mul_(factor / step.scale)
+
+    def _reached(self) -> bool:
+        """Whether a parameter of interest has a gradient."""
+        return any(self._weights[name].grad is not None for name in self._shares.names)
 
     # What hooks do
 

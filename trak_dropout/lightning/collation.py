@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,
+)
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import default_collate
+
+from trak_dropout._random import random_states_kept
+
+TRIED = 16  # samples
+
+
+def check_collation(
+    collate_fn: Callable[[Any], Any], read: Callable[[Callable[[Any], Any]], Iterable[bool]]
+) -> None:
+    """Refuse a collation that puts samples in an order of its own, if that can be told.
+
+    Args:
+        collate_fn: the collation.
+        read: reads `TRIED` samples, collated by what it is given.
+
+    Raises:
+        MisconfigurationException: rows would be those of other samples.
+    """
+    if collate_fn is not default_collate and any(read(Reorders(collate_fn))):
+        name = getattr(collate_fn, "__qualname__", type(collate_fn).__qualname__)
+        raise MisconfigurationException(
+            f"GradientCollector: collate_fn ({name}) reorders samples, so that their rows would be "
+            "those of others: samples given in reverse order do not come out in reverse order. "
+            "Sort within the model instead (enforce_sorted=False of pack_padded_sequence does), or "
+            "give a loader whose collate_fn keeps their order"
+        )
 
 
 class Reorders:
@@ -43,7 +72,7 @@ class Reorders:
 
     def _tensors(self, samples: Sequence[Any]) -> list[Tensor]:
         """What a batch consists of, from the same random states each time."""
-        with isolate_rng(include_cuda=False):  # workers cannot use CUDA
+        with random_states_kept(cuda=False):
             return list(_parts(self._collate([copy.deepcopy(sample) for sample in samples])))
 
 

@@ -22,17 +22,15 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     TensorDataset,
-    default_collate,
 )
 
 from trak_dropout.attribution import batch_size_of, inner_sampler, sequential_loader
-from trak_dropout.lightning.collation import Reorders
+from trak_dropout.lightning.collation import TRIED, check_collation
 
 # A larger batch costs less for each sample, until it no longer fits a processor's cache.
 _MOST_SAMPLES = 256
 _MOST_BYTES = 8 << 20
 _LEAST_BATCHES = 16  # so that processes have their share, and an interruption costs little
-_TRIED = 16  # samples of which collation is tried
 
 
 class TrainingData:
@@ -209,18 +207,9 @@ class TrainingData:
         Raises:
             MisconfigurationException: it does not, so that rows would be those of other samples.
         """
-        collate = self.loader.collate_fn
-        if self.is_stream or self.batch_size == 1 or collate is default_collate:
-            return
-        if any(self._loader([self._spaced(_TRIED)], Reorders(collate))):
-            name = getattr(collate, "__qualname__", type(collate).__qualname__)
-            raise MisconfigurationException(
-                f"GradientCollector: collate_fn ({name}) reorders samples, so that their rows "
-                "would be those of others: samples given in reverse order do not come out in "
-                "reverse order. Sort within the model instead (enforce_sorted=False of "
-                "pack_padded_sequence does), or give dataloader= a loader whose collate_fn keeps "
-                "their order"
-            )
+        if not self.is_stream and self.batch_size > 1:
+            some = [self._spaced(TRIED)]
+            check_collation(self.loader.collate_fn, lambda collate: self._loader(some, collate))
 
     def rows(self, number: int) -> range:
         """Return the rows of the store that a batch becomes."""

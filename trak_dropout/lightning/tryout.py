@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,
+)
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,8 +30,10 @@ from trak_dropout.gradients.live import (
     check_samples,
     find_layouts,
 )
+from trak_dropout.lightning.collation import TRIED, check_collation
 from trak_dropout.lightning.subject import submodule
 
+_LOG = logging.getLogger(__name__)
 _SAMPLES = 3
 
 
@@ -134,23 +141,39 @@ def _read(loader: Any) -> dict[tuple[int, ...], Any]:
     Where the loader has workers, in a worker: a data set may open its files, or begin to count,
     when it is read first, and be forked after that.
     """
-    few = DataLoader(
-        loader.dataset,
-        # From all over it: neighbors are often of one class.
-        batch_sampler=[np.linspace(0, len(loader.dataset) - 1, _SAMPLES).astype(int).tolist()],
-        collate_fn=_Batches(loader.collate_fn),
-        num_workers=min(1, loader.num_workers),
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-    )
+    size = len(loader.dataset)
+
+    def read(indices: Iterable[int], collate: Callable[[Any], Any]) -> Iterable[Any]:
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=[[index % size for index in indices]],
+            collate_fn=collate,
+            num_workers=min(1, loader.num_workers),
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+        )
+
+    def spaced(count: int) -> list[int]:
+        return np.linspace(0, size - 1, count).astype(int).tolist()
+
     try:
-        (found,) = few
-    except Exception as error:
-        raise TryoutError(
-            f"{_SAMPLES} samples of the training dataset cannot be read: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return found
+        check_collation(loader.collate_fn, partial(read, spaced(min(TRIED, size))))
+    except MisconfigurationException:
+        raise
+    except Exception as error:  # in samples that training may never read
+        _LOG.info("whether collate_fn keeps the order of samples could not be told: %s", error)
+    failure: Exception | None = None
+    # From all over it, because neighbors are often of one class; but those may not be alike.
+    for indices in (spaced(_SAMPLES), range(_SAMPLES)):
+        try:
+            (found,) = read(indices, _Batches(loader.collate_fn))
+            return found
+        except Exception as error:
+            failure = failure or error
+    raise TryoutError(
+        f"{_SAMPLES} samples of the training dataset cannot be read: "
+        f"{type(failure).__name__}: {failure}"
+    ) from failure
 
 
 class _Batches:
