@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import weakref
@@ -976,6 +977,35 @@ def test_a_weight_read_behind_its_layer_at_other_weights_only() -> None:
         rows = projector.finish(computer.compute_into(batch, projector.shares(0, "cpu")), 0)
         expected = oracle(model, SQUARES, batch)
         torch.testing.assert_close(rows, projector.project(expected, 0))
+
+
+def test_a_weight_read_behind_its_layer_on_later_batches_only() -> None:
+    torch.manual_seed(0)
+
+    def reading(net: Any, x: Tensor) -> Tensor:
+        hidden = net.inner(x)
+        if x.mean() > 5:
+            hidden = hidden + nn.functional.linear(x, net.inner.weight)
+        return net.out(hidden.tanh())
+
+    def batch(at: float) -> tuple[Tensor, Tensor]:
+        return noise(6, 3) / 5 + at, noise(6, 2)
+
+    model = Net(reading, inner=nn.Linear(3, 4), out=nn.Linear(4, 2)).double().eval()
+    nn.init.uniform_(model.inner.weight, -0.05, 0.05)
+    shares = td.DropoutProjector.from_model(model, 8, 1).shares(0, "cpu")
+    for streamed, before in itertools.product((False, True), (1, 3, 7)):
+        computer = FactoredGradientComputer(model, SQUARES)
+        for _ in range(before):
+            computer.compute_per_sample_grad(batch(0.0))
+        compute = (
+            functools.partial(computer.compute_into, shares=shares)
+            if streamed
+            else computer.compute_per_sample_grad
+        )
+        with pytest.raises(FactorError, match="inner.weight.*before it may be wrong, too"):
+            compute(batch(9.0))
+    follow(model, *map(batch, (0.0, 9.0, 9.0)), exact=["inner.weight"])
 
 
 def test_zero_gradients_and_other_models_are_checked_again() -> None:

@@ -75,10 +75,11 @@ class FactoredGradientComputer(DenseGradientComputer):
         device: kept for TRAK's interface; gradients lie where the parameters do.
         grad_wrt: names of the parameters to take gradients of; all when None. Nothing is computed
             for the others, and nothing flows back further than needed.
-        self_check: compare some coordinates with autograd, and see that the samples of a batch stay
-            apart: on the first batch, on the first with samples of another shape or with other
-            weights (in `compute_into` by two samples alone then), and on the second, fourth,
-            eighth ... batch of each shape.
+        self_check: compare some coordinates of two samples with autograd, and see that the samples
+            of a batch stay apart: on the first batch, on the first with samples of another shape or
+            with other weights (in `compute_into` by two samples alone then), and on the second,
+            fourth, eighth ... batch of each shape. What a model does otherwise on the batches
+            between these only, such as reading a weight past its layer, is not seen.
         exact: names of parameters to be formed exactly whatever rules there are.
         batched: whether to run whole batches where the task allows it.
         budget: bytes that taking coordinates may use for intermediate values at a time.
@@ -156,8 +157,8 @@ class FactoredGradientComputer(DenseGradientComputer):
                 self._plan = known
                 grads = self._run(known, batch)[0]
                 known.runs += 1
-                if self.self_check and known.batched and known.runs & (known.runs - 1) == 0:
-                    self._check_apart(known, batch, grads)
+                if self.self_check and known.due:
+                    self._check(known, batch, grads)
                 return grads
         except (torch.OutOfMemoryError, FactorError):
             raise
@@ -194,17 +195,18 @@ class FactoredGradientComputer(DenseGradientComputer):
         self._refuse_training_statistics()
         if not fresh:
             known.runs += 1
+        due = self.self_check and known.due
         self._given, self._outputs = batch, None
         self._batch = [part.detach() for part in batch]
         try:
             with torch.enable_grad(), _for_gradients(self.model):
-                alone = self._alone(known, self._batch, _some(known, samples)) if other else None
+                look = other or (due and not fresh)
+                alone = self._alone(known, self._batch, _some(known, samples)) if look else None
                 rows, exact = self._streamed(known, self._batch, shares, alone=alone)
-                if alone is not None:
-                    known.checked = alone.compare(known)
-                again = self.self_check and known.batched and (fresh or not other)
-                if again and known.runs & (known.runs - 1) == 0:
+                if due and known.batched and (fresh or not other):
                     self._check_weighted(known, self._batch, shares, rows)
+                if alone is not None:
+                    known.checked |= alone.compare(known)
                 return self._with_formed(rows, exact, shares)
         except torch.OutOfMemoryError:
             raise
@@ -714,7 +716,7 @@ class FactoredGradientComputer(DenseGradientComputer):
         for name, gradient in grads.factored.items():
             if name not in plan.exact:
                 alone.see(name, gradient)
-        plan.checked = alone.compare(plan)
+        plan.checked |= alone.compare(plan)
 
     def _alone(self, plan: _Plan, batch: Sequence[Tensor], which: Sequence[int]) -> _Alone:
         """Run some samples by plain autograd."""
@@ -778,6 +780,11 @@ class _Plan:
         self.checked = False
         self.runs = 1
 
+    @property
+    def due(self) -> bool:
+        """Whether this batch is the first, second, fourth, eighth ... one."""
+        return self.runs & (self.runs - 1) == 0
+
 
 Coordinate = tuple[Tensor, Tensor, float]
 """Some coordinates of one sample's gradient of a parameter, which they are and their values in
@@ -834,6 +841,7 @@ class _Alone:
                         "layer is not what its rule takes it for, or the output of a sample "
                         "depends on others, or the model is random in its present mode (call "
                         f"model.eval()). exact=[{name!r}] forms this gradient without a rule"
+                        f"{_before(plan)}"
                     )
         return checked
 
@@ -923,6 +931,11 @@ def _taken(grads: FactoredGradients, shares: Shares, samples: int) -> Tensor:
     for name, gradient in grads.factored.items():
         intake.add(name, gradient)
     return intake.finish()
+
+
+def _before(plan: _Plan) -> str:
+    """What an error that shows on a later batch means for those before."""
+    return ". Rows of batches before it may be wrong, too" if plan.runs > 1 else ""
 
 
 def _least(dtypes: Iterable[torch.dtype]) -> torch.dtype:
