@@ -295,6 +295,27 @@ def test_gradients_that_cancel_are_no_mixed_samples() -> None:
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5 * overall)
 
 
+@pytest.mark.parametrize("batch_size", [2, 6, 20])
+def test_a_bias_that_normalization_takes_out_is_no_mixed_sample(
+    batch_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect", groups=3),
+        nn.InstanceNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    ).eval()
+    computer = FactoredGradientComputer(model, LOSS)
+    for _ in range(4):
+        batch = torch.randn(batch_size, 3, 8, 8), torch.randint(3, (batch_size,))
+        computer.compute_per_sample_grad(batch)
+    assert "one forward on the whole batch" in computer.describe()
+    assert not caplog.messages
+
+
 def test_activation_checkpoints_and_autocast() -> None:
     torch.manual_seed(0)
     model = language_models()["gpt_neox"]()

@@ -657,7 +657,9 @@ class FactoredGradientComputer(DenseGradientComputer):
 
     # The self-check
 
-    def _check_apart(self, plan: _Plan, batch: Sequence[Tensor], grads: FactoredGradients) -> None:
+    def _check_apart(
+        self, plan: _Plan, batch: Sequence[Tensor], grads: FactoredGradients, overall: float
+    ) -> None:
         """See whether each sample's factors depend on its own output alone.
 
         Each output is multiplied by a weight of its own: so must be the sample's gradients, and
@@ -668,14 +670,9 @@ class FactoredGradientComputer(DenseGradientComputer):
         recorder = Recorder(list(self._wanted()))
         self._run_batched(plan, batch, recorder, weights)
         tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
-        # Formed gradients that cancel, such as those of the bias of attention's keys, are noise.
-        formed = [
-            float(factor.values.abs().max())
-            for found in recorder.factors.values()
-            for factor in found
-            if isinstance(factor, Formed) and factor.values.numel()
-        ]
-        noise = 1e-3 * max(filter(math.isfinite, formed), default=0.0)
+        # Formed gradients that cancel, such as those of the bias of attention's keys or of a
+        # convolution before instance normalization, are noise beside the whole gradient.
+        noise = 1e-3 * overall
         for name, factors in recorder.factors.items():
             if name in plan.exact:
                 continue
@@ -710,9 +707,9 @@ class FactoredGradientComputer(DenseGradientComputer):
 
     def _check(self, plan: _Plan, batch: Sequence[Tensor], grads: FactoredGradients) -> None:
         """Compare the first and the last sample with plain autograd, and see if all stay apart."""
-        if plan.batched and len(batch[0]) > 1:
-            self._check_apart(plan, batch, grads)
         alone = self._alone(plan, batch, sorted({0, len(batch[0]) - 1}))
+        if plan.batched and len(batch[0]) > 1:
+            self._check_apart(plan, batch, grads, alone.overall)
         for name, gradient in grads.factored.items():
             if name not in plan.exact:
                 alone.see(name, gradient)
@@ -797,12 +794,17 @@ class _Alone:
     Args:
         samples: by their place in the batch coordinates of each parameter.
         dtypes: of the parameters.
+
+    Attributes:
+        overall: the size of the largest entry of all their gradients.
     """
 
     def __init__(
         self, samples: dict[int, dict[str, Coordinate]], dtypes: dict[str, torch.dtype]
     ) -> None:
         self._samples, self._dtypes = samples, dtypes
+        sizes = (size for found in samples.values() for _, _, size in found.values())
+        self.overall = max(filter(math.isfinite, sizes), default=0.0)
         self._found = {
             i: {name: torch.zeros_like(values) for name, (_, values, _) in expected.items()}
             for i, expected in samples.items()
