@@ -64,6 +64,8 @@ def test_linear_datamodeling_score() -> None:
 def test_nan_is_never_ranked() -> None:
     with pytest.raises(ValueError, match="self_influence .* NaN"):
         metrics.mislabel_auc([1, np.nan], [True, False])
+    with pytest.raises(ValueError, match="subset_masks .* NaN"):
+        metrics.linear_datamodeling_score([[1], [2]], [[1, np.nan], [0, 1]], [[1], [2]])
     with pytest.raises(ValueError, match="scores .* NaN"):
         metrics.retrieval_accuracy([[np.inf]], [1], [1])
     with pytest.raises(ValueError, match="differ in shape"):

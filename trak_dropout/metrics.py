@@ -111,7 +111,7 @@ def linear_datamodeling_score(
     """
     matrix = _finite("scores", scores, 2)
     truth = _finite("outputs", outputs, 2)
-    masks = np.asarray(subset_masks, dtype=np.float64)
+    masks = _finite("subset_masks", subset_masks, 2)
     if masks.shape != (len(truth), len(matrix)) or truth.shape[1] != matrix.shape[1]:
         raise ValueError(
             f"scores {matrix.shape}, subset_masks {masks.shape} and outputs {truth.shape} do not "
