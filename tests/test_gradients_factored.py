@@ -64,7 +64,7 @@ def check(
     """Compare kept coordinates of every scheme, and the gradients read as a mapping."""
     model.eval()
     expected = oracle(model, task, batch)
-    scale = max(float(grad.abs().max()) for grad in expected.values())
+    scale = max(float(grad.abs().max()) for grad in expected.values() if grad.numel())
     computer = FactoredGradientComputer(model, task, **options)
     computer.compute_per_sample_grad([part[:2] for part in batch])  # settles and checks itself
     before = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -811,6 +811,17 @@ def test_checkpoint_of_a_first_layer() -> None:
 
     torch.manual_seed(0)
     check(Checkpointed().double(), LOSS, images())
+
+
+@pytest.mark.parametrize("task", [LOSS, MAPPED], ids=["loss", "mapped"])
+def test_layers_of_no_width(task: Any) -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        nothing = net.prelu(net.inner(x) + net.table((x[:, 0] > 0).long()))
+        return net.out(torch.cat([x, nothing], 1)) + net.back(nothing)
+
+    layers = {"inner": nn.Linear(4, 0), "back": nn.Linear(0, 10), "table": nn.Embedding(2, 0)}
+    model = Net(forward, **layers, prelu=nn.PReLU(0), out=nn.Linear(4, 10)).double()
+    check(model, task, (noise(5, 4), torch.arange(5)))
 
 
 def test_errors_and_edges() -> None:

@@ -45,6 +45,17 @@ def test_no_weight_is_zero() -> None:
     assert (zero[0].rows > 0).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_parameters_without_entries() -> None:
+    shapes = [(0, 4), (3, 0), (0,)]
+    empty, some = [torch.zeros(4, *shape) for shape in shapes], gradients(4)
+    found = GradientStatistics.of([[*empty, *some]]).weights()
+    assert [(len(w.rows), len(w.columns)) for w in found[:3]] == [(0, 4), (3, 0), (0, 1)]
+    for ours, plain in zip(found[3:], GradientStatistics.of([some]).weights(), strict=True):
+        np.testing.assert_array_equal(ours.rows, plain.rows)
+        np.testing.assert_array_equal(ours.columns, plain.columns)
+
+
 def test_round_trip_and_digest() -> None:
     first, second = (GradientStatistics.of([gradients()]) for _ in range(2))
     again = GradientStatistics.from_tensors(first.to_tensors())

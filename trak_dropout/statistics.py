@@ -58,7 +58,8 @@ class GradientStatistics:
         weights = []
         for rows, columns in zip(self.rows, self.columns, strict=True):
             # In mean squares per entry, each axis with mean one beside the parameter's own level.
-            level = max(float(rows.mean()) / len(columns), _FLOOR * overall)
+            own = float(rows.mean()) / len(columns) if len(rows) and len(columns) else 0.0
+            level = max(own, _FLOOR * overall)
             weights.append(Separable(np.sqrt(level * _relative(rows)), np.sqrt(_relative(columns))))
         return weights
 
@@ -134,5 +135,5 @@ class GradientStatistics:
 
 def _relative(values: Floats) -> Floats:
     """Values over their mean, none under the floor; ones where all are zero."""
-    mean = values.mean()
+    mean = values.mean() if len(values) else 0.0
     return np.maximum(values / mean, _FLOOR) if mean > 0 else np.ones_like(values)

@@ -215,7 +215,8 @@ class Formed(Factor):
     def form(self, part: slice) -> Tensor:
         """Form the gradients of some samples."""
         values = self.values[part]
-        return _raised(values.reshape(len(values), values.shape[1] if values.ndim > 1 else 1, -1))
+        rows = values.shape[1] if values.ndim > 1 else 1
+        return _raised(values.reshape(len(values), rows, values.shape[2:].numel()))
 
 
 class Sums(Factor):

@@ -87,8 +87,9 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 def _rows(values: Tensor, trailing: int = 1) -> Tensor:
     """Merge the dimensions between the first and the last few: ``(B, T, *trailing)``."""
-    # (len() of a tensor costs more than all of this.)
-    return values.reshape(values.shape[0], -1, *values.shape[values.ndim - trailing :])
+    # (len() of a tensor costs more than all of this.) Not -1, which a size of zero leaves open.
+    shape, last = values.shape, values.ndim - trailing
+    return values.reshape(shape[0], shape[1:last].numel(), *shape[last:])
 
 
 @rule(nn.Linear, "weight", "bias")
