@@ -6,8 +6,9 @@ each position. Scores take products of the compressed gradients with themselves.
 from short runs of a small transformer of the model's own width (`calibrate`); sizes are counted.
 
 Memory is counted in tensors: a batch takes the factors of its gradients, which stay until the
-projector has read them, and what autograd keeps while it runs. The self-check of the first batch
-runs it once more while the factors of the first run are still there, so that the peak is the sum.
+projector has read them, and what autograd keeps while it runs. The self-check of some batches runs
+them once more while the factors of the first run are still there, so that the peak is the sum, and
+takes the whole gradient of single samples, one parameter at a time.
 """
 
 from __future__ import annotations
@@ -253,7 +254,10 @@ def estimate(
         values = 2 * 4 * batch_size * min(k * fold, work.parameters)
         taking = min(values, 2 * PIECE) + 4 * batch_size * (work.factors + k)
     batch = bytes_of_weight * batch_size * work.factors + batch_size * k * 4
-    batch += max(bytes_of_weight * batch_size * work.graph, min(taking, DEFAULT_BUDGET / 2))
+    # The self-check's gradient of one parameter for one sample, and the sizes of its entries.
+    alone = 2 * bytes_of_weight * largest
+    graph = bytes_of_weight * batch_size * work.graph
+    batch += max(graph, min(taking, DEFAULT_BUDGET / 2), alone)
     process = batch
     if device == "cpu":  # blocks that are mapped by themselves go back when freed
         logits = bytes_of_weight * batch_size * work.logits
