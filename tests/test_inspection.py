@@ -61,6 +61,8 @@ def damage(store: Path, kind: str) -> None:
         flags.flush()
     elif kind == "metadata":
         (store / "metadata.json").write_text("{")
+    elif kind == "experiments":
+        (store / "experiments.json").write_text("[1]")
     elif kind == "targets":
         file = store / "0" / "mine_grads.mmap"
         file.write_bytes(file.read_bytes()[:-1])
@@ -83,6 +85,7 @@ def damage(store: Path, kind: str) -> None:
         ("weights", "weights.safetensors is damaged", True),
         ("flags", "called complete, but 1 rows are missing", True),
         ("metadata", "metadata.json cannot be read", True),
+        ("experiments", "experiments.json is damaged: no object, but a list", True),
         ("targets", "mine_grads.mmap is damaged or cut short", True),
         ("nan", r"NaN or infinite values in rows \[123\]", False),
         ("bit", "grads.mmap has CRC-32 .* it has changed", False),
@@ -125,3 +128,24 @@ def test_what_is_no_store(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     (tmp_path / "metadata.json").write_text("{}")
     assert main(["verify", str(tmp_path)]) == 1
     assert "manifest.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "score", "report"])
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        ('{"format_version": 2}', "lacks settings, statistics, run, model_ids"),
+        ("[]", "no object, but a list"),
+        ('{"format_version": 2, "settings": {"seed": 0}, "statistics": {}, "run": {}, '
+         '"model_ids": {}}', "its settings cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_is_no_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture, command: str, manifest: str, words: str
+) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path / "metadata.json").write_text("{}")
+    assert main([command, str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/manifest.json is damaged" in line
+    assert words in line

@@ -6,6 +6,7 @@ import html
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +336,16 @@ def test_command_line(
     assert "sprite" in target
     assert main(["report", str(tmp_path)]) == 1
     assert "holds no store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", ["x", "[1]", '{"test": {}}'])
+def test_damaged_experiments_are_named(
+    store: AttributionStore, tmp_path: Path, capsys: pytest.CaptureFixture, damaged: str
+) -> None:
+    copied = tmp_path / "store"
+    shutil.copytree(store.save_dir, copied)
+    (copied / "experiments.json").write_text(damaged)
+    assert main(["report", str(copied), "--out", str(tmp_path / "r.html")]) == 1
+    assert f"{copied}/experiments.json is damaged" in capsys.readouterr().err
+    assert main(["score", str(copied), "--experiment", "other"]) == 1
+    assert f"{copied}/experiments.json is damaged" in capsys.readouterr().err

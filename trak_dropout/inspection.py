@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trak_dropout._files import checksum
-from trak_dropout.rowfile import IncompleteStoreError
+from trak_dropout.rowfile import IncompleteStoreError, read_experiments, read_object
 from trak_dropout.store import FORMAT_VERSION, Store
 from trak_dropout.visits import VISITS, Visits
 
@@ -121,10 +121,10 @@ def inspect_store(save_dir: str | Path, *, thorough: bool = False) -> StoreRepor
     store = Store(save_dir)
     manifest = store.manifest
     problems: list[str] = []
-    experiments: dict[str, Any] = {}
-    for name in ("metadata.json", "experiments.json"):
+    experiments: dict[str, int] = {}
+    for name, read in (("metadata.json", read_object), ("experiments.json", read_experiments)):
         try:
-            content = json.loads((store.save_dir / name).read_text())
+            content = read(store.save_dir / name)
         except (OSError, ValueError) as error:
             problems.append(f"{name} cannot be read: {error}")
         else:
@@ -144,7 +144,7 @@ def inspect_store(save_dir: str | Path, *, thorough: bool = False) -> StoreRepor
         dict(manifest["settings"]),
         dict(manifest["run"]),
         _size(store.save_dir),
-        {name: int(facts["num_targets"]) for name, facts in experiments.items()},
+        experiments,
         checkpoints,
         problems,
     )
@@ -157,7 +157,7 @@ def _states(root: Path, problems: list[str]) -> dict[int, bool]:
         try:
             content = json.loads(file.read_text())
             states |= {int(m): state["is_featurized"] == 1 for m, state in content.items()}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{file.name} is damaged: {error}")
     return states
 
@@ -167,7 +167,7 @@ def _checkpoint(
     model_id: int,
     complete: bool | None,
     facts: dict[str, Any],
-    experiments: dict[str, Any],
+    experiments: dict[str, int],
     thorough: bool,
 ) -> CheckpointReport:
     directory = store.save_dir / str(model_id)
@@ -209,10 +209,9 @@ def _checkpoint(
                 problems.append(f"{VISITS} has {count} visits instead of {facts['visits']}")
         except IncompleteStoreError as error:
             problems.append(str(error))
-    for name, about in experiments.items():
+    for name, targets in experiments.items():
         if (directory / f"{name}_grads.mmap").is_file():
-            wide = (int(about["num_targets"]), k)
-            problems += _matrix(store, model_id, f"{name}_grads", wide, thorough)
+            problems += _matrix(store, model_id, f"{name}_grads", (targets, k), thorough)
         else:
             report.notes.append(f"experiment {name!r} has no targets here")
     if (directory / "weights.safetensors").is_file():

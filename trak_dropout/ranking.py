@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from trak_dropout._html import describe_html
 from trak_dropout.curvature import check_curvature, curved
 from trak_dropout.largest import PIECE, Largest
 from trak_dropout.progress import Progress, unfinished
-from trak_dropout.rowfile import IncompleteStoreError, RowFile
+from trak_dropout.rowfile import IncompleteStoreError, RowFile, read_experiments
 from trak_dropout.scoring import DampedScoreComputer, GramError, refuse_targets
 from trak_dropout.shards import Shards
 from trak_dropout.store import FeatureFiles
@@ -422,7 +421,7 @@ class Targets:
             self.file = files.file(model_id, f"{exp_name}_grads")
         except IncompleteStoreError as error:
             known = files.save_dir / "experiments.json"
-            names = sorted(json.loads(known.read_text())) if known.is_file() else []
+            names = sorted(read_experiments(known)) if known.is_file() else []
             raise IncompleteStoreError(
                 f"exp_name={exp_name!r} has no targets for model_id={model_id}; known experiments: "
                 f"{', '.join(names) or 'none'} ({error})"

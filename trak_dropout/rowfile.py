@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,42 @@ from torch import Tensor
 
 class IncompleteStoreError(ValueError):
     """What was asked of a store has not been collected."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file of a store holds.
+
+    Args:
+        path: the file.
+
+    Raises:
+        IncompleteStoreError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise IncompleteStoreError(f"{path} is damaged, no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise IncompleteStoreError(f"{path} is damaged: no object, but a {type(content).__name__}")
+    return content
+
+
+def read_experiments(path: Path) -> dict[str, int]:
+    """Return the number of targets of each experiment.
+
+    Args:
+        path: the file in which a store names them, ``experiments.json``.
+
+    Raises:
+        IncompleteStoreError: it is damaged.
+    """
+    content = read_object(path)
+    try:
+        return {name: int(facts["num_targets"]) for name, facts in content.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise IncompleteStoreError(
+            f"{path} is damaged: it does not give each experiment's num_targets ({error!r})"
+        ) from error
 
 
 class RowFile:

@@ -38,7 +38,7 @@ from trak_dropout._safetensors import load_tensors, save_tensors
 from trak_dropout.masks import Layout
 from trak_dropout.progress import PREFIX
 from trak_dropout.projector import DropoutProjector
-from trak_dropout.rowfile import IncompleteStoreError, RowFile
+from trak_dropout.rowfile import IncompleteStoreError, RowFile, read_object
 from trak_dropout.scaling import StorageScales
 from trak_dropout.statistics import GradientStatistics
 
@@ -821,15 +821,22 @@ def read_manifest(root: Path) -> dict[str, Any]:
         IncompleteStoreError: the manifest is damaged.
         StoreMismatchError: it is of another format version.
     """
-    try:
-        content = json.loads((root / MANIFEST).read_text())
-    except ValueError as error:
-        raise IncompleteStoreError(f"{root / MANIFEST} is damaged, no JSON: {error}") from error
+    content = read_object(root / MANIFEST)
     if content.get("format_version") != FORMAT_VERSION:
         raise StoreMismatchError(
             f"{root / MANIFEST} has format_version {content.get('format_version')}, this version "
             f"of trak_dropout reads {FORMAT_VERSION}"
         )
+    sections = ("settings", "statistics", "run", "model_ids")
+    missing = [name for name in sections if not isinstance(content.get(name), dict)]
+    if missing:
+        raise IncompleteStoreError(f"{root / MANIFEST} is damaged: it lacks {', '.join(missing)}")
+    try:
+        StoreSettings.from_json(content["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise IncompleteStoreError(
+            f"{root / MANIFEST} is damaged: its settings cannot be read: {error!r}"
+        ) from error
     return content
 
 

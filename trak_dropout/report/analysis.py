@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak_dropout.curvature import curved
-from trak_dropout.rowfile import IncompleteStoreError, RowFile
+from trak_dropout.rowfile import IncompleteStoreError, RowFile, read_experiments
 from trak_dropout.scoring import DampedScoreComputer
 from trak_dropout.shards import Shards
 from trak_dropout.store import FeatureFiles, Store
@@ -132,12 +131,13 @@ def _progress(folder: Path) -> tuple[int, int]:
 
 
 def experiments(files: FeatureFiles) -> dict[str, int]:
-    """Return the number of targets of each experiment that a store holds."""
+    """Return the number of targets of each experiment that a store holds.
+
+    Raises:
+        IncompleteStoreError: the file that names them is damaged.
+    """
     known = files.save_dir / "experiments.json"
-    if not known.is_file():
-        return {}
-    content = json.loads(known.read_text())
-    return {name: int(facts["num_targets"]) for name, facts in content.items()}
+    return read_experiments(known) if known.is_file() else {}
 
 
 def scores_across(
