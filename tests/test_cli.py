@@ -105,6 +105,7 @@ def test_score_in_two_processes(scored: Path) -> None:
         (["-k", "0"], "-k, --devices and --memory must be at least 1"),
         (["--harmful"], "--harmful and --method need targets"),
         (["--model-ids", "7"], "model_ids [7] are not complete"),
+        (["--accelerator", "cuda", "--devices", "99"], "fewer than 99; give --accelerator cpu"),
     ],
 )
 def test_score_says_what_is_wrong(

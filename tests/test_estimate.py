@@ -154,6 +154,12 @@ def test_command(capsys: pytest.CaptureFixture) -> None:
         (["--model", "64x2"], "WIDTHxLAYERSxVOCABULARY"),
         (["--parameters", "0"], "--parameters"),
         (["--parameters", "1e6", "--tokens", "0"], "--tokens"),
+        (["--parameters", "inf"], "--parameters must be a number of at least 1, got inf"),
+        (["--parameters", "nan"], "--parameters must be a number of at least 1, got nan"),
+        (["--parameters", "1e6", "--multiply-adds", "nan"], "--multiply-adds"),
+        (["--parameters", "1e6", "--device", "foo"], "--device 'foo' cannot be used here"),
+        (["--parameters", "1e6", "--device", "cuda:99"], "--device 'cuda:99' cannot be used here"),
+        (["--parameters", "1e3", "--proj-dim", "100000"], "--proj-dim 100000 is above"),
     ],
 )
 def test_command_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 # Width, layers, vocabulary.
 SHAPES = {
@@ -54,15 +55,32 @@ def run(options: argparse.Namespace) -> int:
 
     if options.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, got {options.tokens}")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    usable = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    if options.device not in usable:
+        raise ValueError(
+            f"--device {options.device!r} cannot be used here; give {' or '.join(usable)}"
+        )
     if options.model:
         width, layers, vocabulary = shape(options.model)
         work = Work.transformer(width, layers, vocabulary, options.tokens)
     else:
-        if options.parameters < 1:
-            raise ValueError(f"--parameters must be at least 1, got {options.parameters}")
+        if not 1 <= options.parameters < math.inf:
+            raise ValueError(
+                f"--parameters must be a number of at least 1, got {options.parameters}"
+            )
+        if options.multiply_adds is not None and not 0 < options.multiply_adds < math.inf:
+            raise ValueError(
+                f"--multiply-adds must be a number above 0, got {options.multiply_adds}"
+            )
         work = Work.dense(options.parameters, options.tokens, options.multiply_adds)
         # Square layers of the width that this many parameters have in four of them.
         width, vocabulary = round((options.parameters / 4) ** 0.5), 512
+    if options.proj_dim > work.parameters:
+        raise ValueError(
+            f"--proj-dim {options.proj_dim} is above the model's {work.parameters:.9g} "
+            "parameters, so a run would be refused; give at most as many"
+        )
     dtype = getattr(torch, options.dtype)
     tokens = max(8, min(options.tokens, 512))
     speed = calibrate(

@@ -109,9 +109,15 @@ def _launched(options: argparse.Namespace) -> Any:
     from trak_dropout import RankError
 
     single = options.devices == 1 and not by_torchrun
+    devices = options.devices if not by_torchrun else int(os.environ["LOCAL_WORLD_SIZE"])
+    if options.accelerator == "cuda" and (found := _gpus()) < devices:
+        raise ValueError(
+            f"--accelerator cuda: PyTorch sees {found} CUDA devices here, fewer than {devices}; "
+            "give --accelerator cpu" + (" or fewer --devices" if found else "")
+        )
     fabric = Fabric(
         accelerator=options.accelerator,
-        devices=options.devices if not by_torchrun else int(os.environ["LOCAL_WORLD_SIZE"]),
+        devices=devices,
         num_nodes=options.num_nodes,
         strategy="auto" if single else "ddp" if by_torchrun else "ddp_spawn",
     )
@@ -124,6 +130,12 @@ def _launched(options: argparse.Namespace) -> Any:
         _, of_another, told = message.split("\n")[-1].partition("RankError: ")
         own = f"process {error.error_index} of {options.devices} failed: {message.splitlines()[-1]}"
         raise RankError(told if of_another else own) from error
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _together(fabric: Any, options: argparse.Namespace) -> Any:
