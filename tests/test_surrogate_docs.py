@@ -76,12 +76,16 @@ def test_the_snippet_and_the_command(
 
     capsys.readouterr()
     Path("broken.npy").write_text("no array")
+    np.savez("several.npz", np.eye(3))
+    np.save("complex.npy", np.eye(3) * 1j)
     for arguments, message in (
         ([], "give exactly one of"),
         (["--influences", "predicted.npy", "--store", "x"], "give exactly one of"),
         ([*three], "give exactly one of"),
         (["--influences", "none.npy"], "none.npy"),
         (["--influences", "broken.npy"], "broken.npy is no array"),
+        (["--influences", "several.npz"], "several.npz is an archive of arrays"),
+        (["--influences", "complex.npy"], "complex.npy holds complex128, expected real numbers"),
         (["--influences", "predicted.npy", "--share", "2"], "share must be in"),
         (["--store", "trak_store", "--experiment", "none"], "none_grads"),
     ):

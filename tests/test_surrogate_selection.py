@@ -140,6 +140,7 @@ def test_refusals_name_what_is_wrong() -> None:
         (good[:0], {}, "shape"),
         (good[0], {}, "shape"),
         (good * np.where(good > 0, np.nan, 1), {}, "NaN or infinite"),
+        (good * 1j, {}, "real numbers, got complex128"),
     ):
         with pytest.raises(ValueError, match=message):
             select(influences, **options)

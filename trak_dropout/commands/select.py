@@ -99,6 +99,11 @@ def _array(path: Path) -> Any:
     import numpy as np
 
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is no array in NumPy's format: {error}") from error
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"{path} is an archive of arrays; write one of them with numpy.save")
+    if found.dtype.kind not in "biuf":
+        raise ValueError(f"{path} holds {found.dtype}, expected real numbers")
+    return found

@@ -189,7 +189,10 @@ def _blocks(
 
 
 def _values(influences: InfluenceRows, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    values = np.asarray(influences[rows], dtype=np.float64)
+    found = np.asarray(influences[rows])
+    if np.iscomplexobj(found):
+        raise ValueError(f"influences must be real numbers, got {found.dtype}")
+    values = found.astype(np.float64, copy=False)
     if not np.isfinite(values).all():
         bad = rows[~np.isfinite(values).all(1)]
         raise ValueError(f"influences of training samples {bad[:10].tolist()} are NaN or infinite")
