@@ -628,6 +628,8 @@ def test_an_output_that_mixes_samples_is_found(caplog: pytest.LogCaptureFixture)
     # One sample at a time, as TRAK runs it, there is nothing to mix.
     assert "vmap" in check(Mixing().double(), LOSS, images()).describe()
     assert "do not stay apart" in caplog.text
+    assert "FactoredGradientComputer runs one at a time with batched=False" in caplog.text
+    assert "before it" not in caplog.text
 
     class Branching(Mixing):
         def forward(self, x: Tensor) -> Tensor:

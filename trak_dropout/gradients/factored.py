@@ -688,8 +688,9 @@ class FactoredGradientComputer(DenseGradientComputer):
                         raise FactorError(
                             f"the samples of a batch do not stay apart where {name} is used: the "
                             "output of one depends on others, or they change places on the way. "
-                            "Batches like this one before may be wrong as well; use "
-                            f"batched=False, or exact=[{name!r}]"
+                            "FactoredGradientComputer runs one at a time with batched=False, and "
+                            f"forms this gradient without a rule with exact=[{name!r}]; or leave "
+                            f"{name} out of grad_wrt{_before(plan)}"
                         )
 
     def _check_weighted(
@@ -701,8 +702,8 @@ class FactoredGradientComputer(DenseGradientComputer):
         if _differ(plan, found, rows * weights.unsqueeze(1).to(rows)):
             raise FactorError(
                 "the samples of a batch do not stay apart: the output of one depends on "
-                "others, or they change places on the way. Batches like this one before may "
-                "be wrong as well; use batched=False"
+                "others, or they change places on the way. FactoredGradientComputer runs one at a "
+                f"time with batched=False{_before(plan)}"
             )
 
     def _check(self, plan: _Plan, batch: Sequence[Tensor], grads: FactoredGradients) -> None:
@@ -842,8 +843,8 @@ class _Alone:
                         f"by {error:.3g}, where its largest entry is {largest:.3g}. Its "
                         "layer is not what its rule takes it for, or the output of a sample "
                         "depends on others, or the model is random in its present mode (call "
-                        f"model.eval()). exact=[{name!r}] forms this gradient without a rule"
-                        f"{_before(plan)}"
+                        f"model.eval()). FactoredGradientComputer(exact=[{name!r}]) forms this "
+                        f"gradient without a rule; or leave {name} out of grad_wrt{_before(plan)}"
                     )
         return checked
 

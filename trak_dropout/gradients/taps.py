@@ -35,7 +35,10 @@ class NoWayError(FactorError):
 
     def __init__(self, site: Site, why: str) -> None:
         names = ", ".join(site.parameters.values())
-        super().__init__(f"{site.name} {why}; name its parameters in exact= ({names})")
+        super().__init__(
+            f"{site.name} {why}; name its parameters ({names}) in FactoredGradientComputer's "
+            "exact=, or leave them out of grad_wrt"
+        )
         self.parameters = set(site.parameters.values())
 
 
@@ -156,8 +159,8 @@ class Recorder:
                 raise FactorError(
                     f"what {site.name} was given has been changed in place since, so the gradients "
                     f"of {', '.join(site.parameters.values())} cannot be made from it; use an "
-                    "operation that is not in place there (such as inplace=False), or name these "
-                    "parameters in exact="
+                    "operation that is not in place there (such as inplace=False), name these "
+                    "parameters in FactoredGradientComputer's exact=, or leave them out of grad_wrt"
                 )
             types = [value.dtype for value in (gradient, *held) if value.is_floating_point()]
             self.lowest = max(self.lowest, *types, key=lambda dtype: torch.finfo(dtype).eps)
