@@ -826,6 +826,17 @@ def test_layers_of_no_width(task: Any) -> None:
     check(model, task, (noise(5, 4), torch.arange(5)))
 
 
+def test_a_gradient_that_is_formed_on_other_batches_only() -> None:
+    torch.manual_seed(0)
+    model = mlp().double()
+    projector = td.DropoutProjector.from_model(model, 24, 1, dtype=torch.float64)
+    expected = projector.project(oracle(model, LOSS, images()), 0)
+    for exact in ((), ["1.weight"], ["1.weight", "3.weight"], ()):
+        computer = FactoredGradientComputer(model, LOSS, exact=exact)
+        rows = projector.project(computer.compute_per_sample_grad(images()), 0)
+        torch.testing.assert_close(rows, expected)
+
+
 def test_errors_and_edges() -> None:
     model = mlp().eval()
     computer = FactoredGradientComputer(model, MARGIN)

@@ -41,7 +41,7 @@ class Plan:
         ]
         # Without folding every column has one weight, so that all are applied at the end, at once.
         self._weights = None if mask.folded else torch.as_tensor(mask.weights).to(device, dtype)
-        self._singles: dict[tuple[int, ...], Singles] = {}
+        self._singles: dict[tuple[tuple[int, bool], ...], Singles] = {}
 
     def zeros(self, samples: int) -> Tensor:
         """Compressed gradients to begin with, ``(samples, proj_dim)``."""
@@ -63,15 +63,16 @@ class Plan:
             block = blocks.get(i)
             if isinstance(block, FactoredGradient) and (pair := block.single()) is not None:
                 vectors[i] = pair
-        which = tuple(vectors)
-        if len(which) < 2 or not len(out):
+        if len(vectors) < 2 or not len(out):
             return ()
+        # A gradient that was a product may be formed on another batch.
+        which = tuple((i, second is None) for i, (_, second) in vectors.items())
         if which not in self._singles:
             self._singles[which] = Singles(
                 [(kept, vectors[i]) for i, kept in self.kept if i in vectors]
             )
         self._singles[which].add_to(out, list(vectors.values()))
-        return which
+        return tuple(vectors)
 
     def finish(self, out: Tensor) -> Tensor:
         """Apply what is left to apply, in place, when every share has been added."""
