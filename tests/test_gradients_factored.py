@@ -720,6 +720,38 @@ def test_batch_in_other_dimensions() -> None:
         check(SequenceFirst().double(), MARGIN, images(n))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_that_get_some_samples_by_their_content(seed: int) -> None:
+    torch.manual_seed(seed)
+
+    def routed(net: Any, x: Tensor) -> Tensor:
+        shares = net.gate(x).softmax(1)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(net.experts):
+            mine = shares.argmax(1) == i
+            if mine.any():
+                out[mine] = expert(x[mine]) * shares[mine, i : i + 1]
+        return net.out(out)
+
+    experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    model = Net(routed, gate=nn.Linear(4, 3), experts=experts, out=nn.Linear(4, 2))
+    computer = follow(model, *(squared(n, 4) for n in (5, 3, 1, 9, 5)))
+    assert ways(computer)["gate.weight"] == "rule of Linear"
+    assert any("exact" in way for way in ways(computer).values())
+
+
+def test_a_sequence_of_a_layers_calls_that_changes_later(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+
+    def routed(net: Any, x: Tensor) -> Tensor:
+        return net.out(net.rare(x).tanh() if x.sum() > 50 else x)
+
+    model = Net(routed, rare=nn.Linear(4, 4), out=nn.Linear(4, 2))
+    near, far = squared(3, 4), (noise(3, 4) + 99, noise(3, 2))
+    follow(model, near, near, far, near, far)
+    assert "rare is called at another point" in caplog.text
+
+
 class Permuted(nn.Module):
     """Hands a layer the samples in another order."""
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -160,10 +160,21 @@ class FactoredGradientComputer(DenseGradientComputer):
                 if self.self_check and known.due:
                     self._check(known, batch, grads)
                 return grads
+        except NoWayError as error:
+            self._form(error)
+            return self.compute_per_sample_grad(batch)
         except (torch.OutOfMemoryError, FactorError):
             raise
         except Exception as error:
             raise refused(self.modelout_fn, batch, error) from error
+
+    def _form(self, error: NoWayError) -> None:
+        """Form from now on what a layer that is used otherwise on a later batch leaves no way."""
+        if not error.parameters - self._asked:
+            raise error
+        _LOG.warning("some gradients are formed from now on, which takes longer: %s", error)
+        self._asked |= error.parameters
+        self._plans, self._plan = {}, None
 
     def compute_into(self, batch: Sequence[Tensor], shares: Shares) -> Tensor:
         """Compute compressed gradients, taken as they flow back, so that no factors are held.
@@ -210,6 +221,9 @@ class FactoredGradientComputer(DenseGradientComputer):
                 return self._with_formed(rows, exact, shares)
         except torch.OutOfMemoryError:
             raise
+        except NoWayError as error:
+            self._form(error)
+            return self.compute_into(batch, shares)
         except FactorError as error:
             if not fresh and not other:
                 raise
@@ -459,12 +473,29 @@ class FactoredGradientComputer(DenseGradientComputer):
                 self._batch_output([part[rows] for part in batch])
             shapes.append(calls)
         two, three = shapes
+        calls_of = [Counter(site.name for site, _ in calls) for calls in shapes]
+        routed = {
+            name
+            for site in plan.sites
+            if calls_of[0][site.name] != calls_of[1][site.name]
+            for name in site.parameters.values()
+        }
+        if routed:  # by content, as in a mixture of experts
+            return routed
         if [site for site, _ in two] != [site for site, _ in three]:
-            raise FactorError("the model calls other layers for other samples")
-        plan.places = [
-            (site, [place_of(a, b) for a, b in zip(first, second, strict=True)])
-            for (site, first), (_, second) in zip(two, three, strict=True)
-        ]
+            raise FactorError(
+                "the model calls its layers in another order for other samples; name their "
+                "parameters in FactoredGradientComputer's exact=, or leave them out of grad_wrt"
+            )
+        for (site, first), (_, second) in zip(two, three, strict=True):
+            try:
+                places = [place_of(a, b) for a, b in zip(first, second, strict=True)]
+            except FactorError:  # it gets some of the samples, or some of their positions
+                routed |= set(site.parameters.values())
+            else:
+                plan.places.append((site, places))
+        if routed:
+            return routed
         plan.leads = [bool(first[0]) and first[0][0] == 1 for _, first in two]
         if all(places[0] is not None for _, places in plan.places):
             return set()
@@ -608,17 +639,21 @@ class FactoredGradientComputer(DenseGradientComputer):
                 return output if output.requires_grad else recorder.catch(site, [], output, None)
             (expected, places), leads = next(calls, ((None, []), False))
             if expected is not site or len(places) != 1 + len(inputs):
-                raise FactorError(
-                    f"{site.name} is called at another point than for the first batch; layers that "
-                    "are used for some samples only need exact= for their parameters"
-                )
+                raise NoWayError(site, "is called at another point than for the first batch")
             place = places[0]
+            if place is None and leads and output.shape[0] != 1:
+                raise NoWayError(site, "is used otherwise now: it works on a batch")
             if place is None:  # give it a batch dimension, so that each sample has its gradient
                 if leads:
                     output, place = output.expand(samples, *output.shape[1:]), (0, 1)
                 else:
                     output = output.unsqueeze(0).expand(samples, *output.shape)
-            given = [to_front(x, p, samples) for x, p in zip(inputs, places[1:], strict=True)]
+            try:
+                given = [to_front(x, p, samples) for x, p in zip(inputs, places[1:], strict=True)]
+                if place is not None:
+                    to_front(output.detach(), place, samples)
+            except FactorError as error:
+                raise NoWayError(site, f"is used otherwise now: {error}") from error
 
             def front(gradient: Tensor) -> Tensor:
                 return gradient if place is None else to_front(gradient, place, samples)
