@@ -28,6 +28,7 @@ from trak_dropout import CausalLMOutput, FactoredGradientComputer, FactorError, 
 from trak_dropout.gradients import Outer, rule
 from trak_dropout.gradients.intake import Intake
 from trak_dropout.gradients.rules import _RULES
+from trak_dropout.outputs import batch_output_of
 
 SCHEMES = ("dropout", "unit_dropout", "weighted_dropout")
 
@@ -750,6 +751,23 @@ def test_a_sequence_of_a_layers_calls_that_changes_later(caplog: pytest.LogCaptu
     near, far = squared(3, 4), (noise(3, 4) + 99, noise(3, 2))
     follow(model, near, near, far, near, far)
     assert "rare is called at another point" in caplog.text
+
+
+def test_a_model_without_vmap_is_told_to_run_whole_batches() -> None:
+    class Last(nn.LSTM):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[0][:, -1]
+
+    class Whole(OneByOne):
+        get_batch_output = staticmethod(batch_output_of(MARGIN))
+
+    model = nn.Sequential(Last(3, 4, batch_first=True), nn.Linear(4, 3)).double()
+    batch = noise(3, 5, 3), torch.arange(3)
+    for task, options in ((MAPPED, {}), (LOSS, {"batched": False})):
+        computer = FactoredGradientComputer(model, task, **options)
+        with pytest.raises(td.BatchError, match="not under torch.func.vmap.*get_batch_output"):
+            computer.compute_per_sample_grad(batch)
+    check(model, Whole(), batch)
 
 
 class Permuted(nn.Module):

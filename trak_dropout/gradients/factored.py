@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from trak.modelout_functions import AbstractModelOutput
 
-from trak_dropout.gradients.dense import DenseGradientComputer, check_batch, refused
+from trak_dropout.gradients.dense import BatchError, DenseGradientComputer, check_batch, refused
 from trak_dropout.gradients.factors import (
     DEFAULT_BUDGET,
     Factor,
@@ -163,7 +163,7 @@ class FactoredGradientComputer(DenseGradientComputer):
         except NoWayError as error:
             self._form(error)
             return self.compute_per_sample_grad(batch)
-        except (torch.OutOfMemoryError, FactorError):
+        except (torch.OutOfMemoryError, FactorError, BatchError):
             raise
         except Exception as error:
             raise refused(self.modelout_fn, batch, error) from error
@@ -408,7 +408,26 @@ class FactoredGradientComputer(DenseGradientComputer):
                 _LOG.warning("running the model on one sample at a time, because %s", failure)
             return plan, grads
         assert failure is not None
+        if not self._can_batch() and not isinstance(failure, FactorError):
+            self._explain(batch, failure)
         raise failure
+
+    def _explain(self, batch: Sequence[Tensor], failure: Exception) -> None:
+        """Say so where nothing but ``vmap`` is in the way.
+
+        Raises:
+            BatchError: a sample runs by itself.
+        """
+        try:
+            self._autograd([part[0] for part in batch], list(self._wanted()))
+        except Exception:
+            return
+        raise BatchError(
+            f"{refused(self.modelout_fn, batch, failure)}. A sample runs by itself, but not under "
+            "torch.func.vmap: give the task a method get_batch_output(model, weights, buffers, "
+            "*batch) -> (B,), as trak_dropout.LossOutput has, and leave batched=True, so that "
+            "whole batches are run"
+        ) from failure
 
     def _check_again(self, plan: _Plan, batch: Sequence[Tensor]) -> FactoredGradients | None:
         """Run a batch as for earlier weights, and check it; None where that does not hold now."""
