@@ -491,3 +491,19 @@ def test_samples_that_change_places_are_noticed() -> None:
     layouts = find_layouts(model, names_of(model), lambda count: loss_of(range(count)))
     with pytest.raises(FactorError, match="depends on others"):
         check_samples(model, shares, names_of(model), layouts, loss_of)
+
+
+@pytest.mark.parametrize("first", [0, 2], ids=["in their order", "in reverse"])
+def test_samples_that_are_sorted_on_the_way_are_noticed(first: int) -> None:
+    model = nn.Linear(3, 2).double()
+    x = torch.randn(3, 3).double()
+    x[:, 0] = torch.tensor([1.0, 2.0, 3.0]) if first == 0 else torch.tensor([3.0, 2.0, 1.0])
+    shares = DropoutProjector.from_model(model, 8, dtype=torch.float64).shares(0, "cpu")
+
+    def loss_of(which: Any) -> Tensor:
+        some = x[list(which)]
+        return model(some[some[:, 0].argsort()]).square().mean()
+
+    layouts = find_layouts(model, names_of(model), lambda count: loss_of([0] * count))
+    with pytest.raises(FactorError, match="samples change places"):
+        check_samples(model, shares, names_of(model), layouts, loss_of)

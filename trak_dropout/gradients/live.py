@@ -602,7 +602,7 @@ def check_samples(
     loss_of: Callable[[Sequence[int]], Tensor],
     samples: int = 3,
 ) -> Reduction:
-    """Compare rows with plain autograd on one sample at a time.
+    """Compare rows, of samples in their order and in reverse, with autograd on one at a time.
 
     Args:
         model: the model, in a mode without randomness; its gradients are lost.
@@ -616,18 +616,23 @@ def check_samples(
         Whether the loss is the mean or the sum of the samples' losses.
 
     Raises:
-        FactorError: it is neither: the loss of a sample depends on others, or the model is random.
+        FactorError: it is neither: the loss of a sample depends on others, samples change places,
+            or the model is random.
     """
     weights = {n: w for n, w in model.named_parameters() if n in set(names) and w.requires_grad}
     live = LiveGradients(model, shares, names, layouts=layouts, reduction="sum")
     expected = shares.zeros(samples)
+    found, lowest = [], torch.float64
     with live, torch.enable_grad():
-        live.begin(samples)
-        loss = loss_of(range(samples))
-        live.expect()
-        # Not autograd.grad, with which activation checkpoints do not work.
-        loss.backward()  # type: ignore[no-untyped-call]
-        lowest, found = live.lowest, live.end()
+        for order in (range(samples), range(samples)[::-1]):
+            model.zero_grad(set_to_none=True)
+            live.begin(samples)
+            loss = loss_of(order)
+            live.expect()
+            # Not autograd.grad, with which activation checkpoints do not work.
+            loss.backward()  # type: ignore[no-untyped-call]
+            lowest = _least(lowest, live.lowest)
+            found.append(live.end()[torch.tensor(order)])
         live.stop()
         for i in range(samples):
             model.zero_grad(set_to_none=True)
@@ -638,18 +643,19 @@ def check_samples(
                     shares.add(expected[i : i + 1], name, grad.unsqueeze(0).to(expected.dtype))
     model.zero_grad(set_to_none=True)
     expected = shares.finish(expected)
-    least = _least(lowest, found.dtype, *(weight.dtype for weight in weights.values()))
+    least = _least(lowest, expected.dtype, *(weight.dtype for weight in weights.values()))
     tolerance = _TOLERANCE.get(least, 0.1)
     size = float(expected.abs().max())
     errors: dict[Reduction, float] = {
-        "mean": float((samples * found - expected).abs().max()),
-        "sum": float((found - expected).abs().max()),
+        "mean": float((samples * torch.stack(found) - expected).abs().max()),
+        "sum": float((torch.stack(found) - expected).abs().max()),
     }
     best = min(errors, key=lambda reduction: errors[reduction])
     if not errors[best] <= tolerance * size:
         raise FactorError(
             "gradients of single samples, run by themselves, are not those that a batch of "
             f"{samples} gives each of them (off by {errors[best]:.3g} of {size:.3g}): the loss of "
-            "a sample depends on others, or is neither a mean nor a sum over samples"
+            "a sample depends on others, or is neither a mean nor a sum over samples, or samples "
+            "change places"
         )
     return best

@@ -53,8 +53,8 @@ def try_training_step(
 
     A copy of the module, whose Trainer has no logger, takes training steps on a few samples of the
     training set: on one sample twice and three times, to see where layers have their samples, and,
-    with dropout and batch statistics turned off, of three samples and of each of them by
-    itself, whose gradients must agree.
+    with dropout and batch statistics turned off, of three samples, in two orders, and of each of
+    them by itself, whose gradients must agree.
 
     Args:
         trainer: the Trainer, whose training loader is ready.
@@ -190,7 +190,8 @@ class _Batches:
         every = tuple(range(_SAMPLES))
         made: dict[tuple[int, ...], Any] = {}
         # The same sample several times has the same length.
-        for which in ((0, 0), (0, 0, 0), every, (0, 1, 0), *((i,) for i in every)):
+        orders = every, every[::-1], (0, 1, 0)
+        for which in ((0, 0), (0, 0, 0), *orders, *((i,) for i in every)):
             torch.manual_seed(0)
             made[which] = self._collate([samples[i] for i in which])
         return made
