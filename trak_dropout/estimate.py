@@ -254,8 +254,7 @@ def estimate(
         values = 2 * 4 * batch_size * min(k * fold, work.parameters)
         taking = min(values, 2 * PIECE) + 4 * batch_size * (work.factors + k)
     batch = bytes_of_weight * batch_size * work.factors + batch_size * k * 4
-    # The self-check's gradient of one parameter for one sample, and the sizes of its entries.
-    alone = 2 * bytes_of_weight * largest
+    alone = bytes_of_weight * largest  # the self-check's gradient of a parameter for one sample
     graph = bytes_of_weight * batch_size * work.graph
     batch += max(graph, min(taking, DEFAULT_BUDGET / 2), alone)
     process = batch

@@ -45,6 +45,7 @@ _LOG = logging.getLogger(__name__)
 # Relative to the largest entry of the parameter's gradient, by the least precise type involved.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _CHECKED = 32
+_PART = 2**15
 _FEW = 2  # samples on which ways are found where factors are not to be held
 
 
@@ -794,8 +795,9 @@ class FactoredGradientComputer(DenseGradientComputer):
             flat = (flat.to_dense() if flat.is_sparse else flat).flatten()
             few = min(_CHECKED, len(flat))
             spread = torch.arange(few, device=flat.device) * len(flat) // few
-            which = torch.unique(torch.cat([flat.abs().topk(few).indices, spread]))
-            found[name] = which, flat[which].double(), float(flat.abs().max())
+            largest, size = _largest(flat, few)
+            which = torch.unique(torch.cat([largest, spread]))
+            found[name] = which, flat[which].double(), size
 
         def arrived(weight: Tensor, name: str) -> None:
             grad, weight.grad = weight.grad, None
@@ -988,6 +990,18 @@ def _taken(grads: FactoredGradients, shares: Shares, samples: int) -> Tensor:
     for name, gradient in grads.factored.items():
         intake.add(name, gradient)
     return intake.finish()
+
+
+def _largest(flat: Tensor, few: int) -> tuple[Tensor, float]:
+    """Where the entries of largest magnitude are, and the largest magnitude.
+
+    A part at a time: looking for the largest of all at once takes several times their memory.
+    """
+    parts = torch.split(flat, _PART)
+    found = [part.abs().topk(min(few, len(part))) for part in parts]
+    values = torch.cat([values for values, _ in found])
+    places = torch.cat([places + i * _PART for i, (_, places) in enumerate(found)])
+    return places[values.topk(few).indices], float(values.max())
 
 
 def _before(plan: _Plan) -> str:
