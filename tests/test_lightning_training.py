@@ -136,6 +136,7 @@ def check_rows(path: Path, watcher: Watcher, tolerance: float, ranks: int = 1) -
             assert error <= tolerance * float(row.abs().max())
 
 
+WEIGHTED = {"proj_type": "weighted_dropout", "calibration_samples": 60}
 SCALER = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 1024.0))]}
 
 
@@ -144,9 +145,10 @@ SCALER = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cp
     [
         ({}, {}, {}, 1e-5),
         ({"precision": "64-true"}, {}, {}, 1e-6),
+        ({"precision": "64-true"}, {}, {**WEIGHTED, "calibrate_each": True}, 1e-6),
         ({"accumulate_grad_batches": 3}, {"num_workers": 2}, {"fold": 3}, 1e-5),
         ({"reduction": "sum"}, {"drop_last": True}, {"proj_type": "unit_dropout"}, 1e-5),
-        (SCALER, {}, {}, 0.02),
+        (SCALER, {}, WEIGHTED, 0.02),
         ({"precision": "bf16-mixed"}, {"shuffle": False}, {}, BFLOAT16),
         ({"limit_train_batches": 3}, {"num_workers": 1, "persistent_workers": True}, {}, 1e-5),
     ],
@@ -211,12 +213,35 @@ def weights_and_chance(module: nn.Module) -> list[Tensor]:
     return [*module.state_dict().values(), torch.rand(3)]
 
 
+def test_weighted_dropout_draws_by_gradients_of_training_steps(tmp_path: Path) -> None:
+    pl.seed_everything(1, verbose=False)
+    first = Stepper(net())  # before any step
+    images, labels = digits()
+    # Three batches of 16 from all over the data set, whose order does not matter to a mean.
+    spread = np.linspace(0, N - 1, 48).astype(int)
+    expected: dict[str, Tensor] = {}
+    for i in spread:
+        loss = nn.functional.cross_entropy(first(images[i : i + 1].float()), labels[i : i + 1])
+        named = list(first.named_parameters())
+        for (name, weight), g in zip(
+            named, torch.autograd.grad(loss, [w for _, w in named]), strict=True
+        ):
+            rows = g.reshape(len(weight), -1).double().square().sum(1) / 48
+            expected[name] = expected.get(name, 0) + rows
+    fit(net, [collector(tmp_path, **WEIGHTED)], max_epochs=1)
+    (taken,) = td.open_store(tmp_path).projector().statistics.values()
+    for rows, name in zip(taken.rows, expected, strict=True):
+        # Of the mean loss of a batch of 16.
+        np.testing.assert_allclose(rows * 16**2, expected[name].numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, WEIGHTED | {"calibrate_each": True}])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_is_the_same_to_the_bit(tmp_path: Path, workers: int) -> None:
+def test_training_is_the_same_to_the_bit(tmp_path: Path, workers: int, settings: Any) -> None:
     loader = {"num_workers": workers, "persistent_workers": bool(workers)}
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
     plain = weights_and_chance(fit(restless_net, [], loader, **options))
-    collected = fit(restless_net, [collector(tmp_path)], loader, **options)
+    collected = fit(restless_net, [collector(tmp_path, **settings)], loader, **options)
     assert all(map(torch.equal, plain, weights_and_chance(collected)))
     assert td.open_store(tmp_path).manifest["run"]["batch_statistics"] == ["net.1"]
 
@@ -245,7 +270,7 @@ def files_of(path: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name in kept
+        if file.is_file() and (file.name in kept or file.name.startswith("statistics_"))
     }
 
 
@@ -256,19 +281,20 @@ def calm_net() -> nn.Module:
     )
 
 
+@pytest.mark.parametrize("settings", [{}, WEIGHTED, WEIGHTED | {"calibrate_each": True}])
 @pytest.mark.parametrize(("save_at", "fail_at"), [(5, 7), (10, 13), (5, 12), (10, 11)])
 def test_an_interrupted_run_ends_like_an_undisturbed_one(
-    tmp_path: Path, save_at: int, fail_at: int
+    tmp_path: Path, save_at: int, fail_at: int, settings: Any
 ) -> None:
     """Going back to the end of an epoch, also behind blocks that were finished already."""
     order = {"shuffle": False}
-    whole = fit(calm_net, [collector(tmp_path / "whole")], order, max_epochs=3)
+    whole = fit(calm_net, [collector(tmp_path / "whole", **settings)], order, max_epochs=3)
     checkpoint, broken = tmp_path / "at.ckpt", tmp_path / "broken"
-    breaking = [Interrupt(checkpoint, save_at, fail_at), collector(broken)]
+    breaking = [Interrupt(checkpoint, save_at, fail_at), collector(broken, **settings)]
     with pytest.raises(BrokenOffError):
         fit(calm_net, breaking, order, max_epochs=3)
     module = Stepper(calm_net())
-    resumed = trainer(callbacks=[collector(broken)], max_epochs=3)
+    resumed = trainer(callbacks=[collector(broken, **settings)], max_epochs=3)
     resumed.fit(module, DataLoader(dataset(), 16), ckpt_path=checkpoint)
     assert all(map(torch.equal, whole.state_dict().values(), module.state_dict().values()))
     assert files_of(tmp_path / "whole") == files_of(broken)
@@ -420,6 +446,11 @@ class Attending(Stepper):
         return self.head(self.attend(x, x, x)[0].flatten(1))
 
 
+class Still(Stepper):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return 0 * super().training_step(batch, batch_idx)
+
+
 class Quasi(Stepper):
     def configure_optimizers(self) -> Any:
         return torch.optim.LBFGS(self.parameters())
@@ -432,7 +463,7 @@ class Quasi(Stepper):
         (lambda: torch.compile(Stepper(net())), {}, "torch.compile"),
         (lambda: Contrastive(net()), {}, "depends on others"),
         (Attending, {}, r"attend.in_proj_weight \(MultiheadAttention\).*grad_wrt=\['head.weight'"),
-        (lambda: Stepper(net()), {"proj_type": "weighted_dropout"}, "weighted_dropout"),
+        (lambda: Still(net()), WEIGHTED, "could not calibrate with training steps.*all.*zero"),
         (lambda: Stepper(net()), {"reduction": "sum"}, "is the mean"),
         (lambda: Quasi(net()), {}, "one backward"),
     ],
@@ -802,7 +833,7 @@ def test_two_processes(tmp_path: Path, strategy: str) -> None:
 
     # Without batch statistics, one process with batches of twice the size does the same steps,
     # but for the last batch, where the sampler fills up with a sample that comes again.
-    fit(net, [collector(tmp_path / "pair")], {"batch_size": 8}, **options)
+    fit(net, [collector(tmp_path / "pair", **WEIGHTED)], {"batch_size": 8}, **options)
     pl.seed_everything(1, verbose=False)
     store = td.open_store(tmp_path / "pair")
     visits = td.block_visits(store, 0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trak_dropout._files import checksum
 from trak_dropout.attribution import Featurizer, split_state, to_device
 from trak_dropout.gradients import BatchError
+from trak_dropout.lightning.calibration import take_over_statistics
 from trak_dropout.lightning.data import TrainingData
 from trak_dropout.lightning.processes import Processes
 from trak_dropout.lightning.rows import RowWriter, featurized, row_writer
@@ -216,7 +217,7 @@ class Collection:
                 lambda: self._left_to_do(module, data, model_id, too_large)  # noqa: B023
             )
             with self._processes.together():
-                self._share_statistics()
+                take_over_statistics(self._featurizer.projector, self._root, self._processes)
                 self._fix_scale(model_id, factor)
                 mine = data.shares(batches, self._processes.count)[self._processes.rank]
                 with row_writer(self._root / str(model_id)) as writer:
@@ -312,14 +313,6 @@ class Collection:
                 (to_device(module, batch, module.device) for batch in some), owner
             )
             self._saver.save_statistics()
-
-    def _share_statistics(self) -> None:
-        """Take over the statistics that the first process took."""
-        projector = self._featurizer.projector
-        if projector.proj_type == "weighted_dropout" and not self._processes.is_first:
-            for owner, statistics in Store(self._root).projector().statistics.items():
-                if owner not in projector.statistics:
-                    projector.set_statistics(statistics, owner)
 
     def _keep_targets(
         self, module: pl.LightningModule, model_id: int, targets: Mapping[str, Iterable[Any]]

@@ -112,8 +112,9 @@ class GradientCollector(pl.Callback):
         batch_size: samples in a batch while collecting. When None, that of the training loader,
             several of whose batches are joined (to at most 256 samples) where samples are small.
         calibration_samples: training samples, evenly spaced, of which weighted dropout takes its
-            statistics at the first collection.
-        calibrate_each: take statistics of its own for every checkpoint.
+            statistics at the first collection; in mode ``"training"``, by steps of a copy of the
+            module before the first.
+        calibrate_each: take statistics of its own for every checkpoint, or for every epoch.
         use_half_precision: store float16 instead of float32.
         overwrite: delete the store of an earlier run in ``save_dir``, and nothing else there,
             when training starts anew.
@@ -274,7 +275,13 @@ class GradientCollector(pl.Callback):
         self._rows: TrainingRows | None = None
         if mode == "training":
             self._rows = TrainingRows(
-                self._projector, model, grad_wrt, reduction, self_check=self_check
+                self._projector,
+                model,
+                grad_wrt,
+                reduction,
+                self_check,
+                calibration_samples,
+                calibrate_each,
             )
 
     # --- hooks -----------------------------------------------------------------------------

@@ -25,8 +25,10 @@ from torch.utils.data import IterableDataset
 from trak_dropout._files import checksum
 from trak_dropout.attribution import split_state
 from trak_dropout.gradients import FactorError
+from trak_dropout.gradients.intake import Shares
 from trak_dropout.gradients.live import CallLayout, LiveGradients, NoRuleError, Reduction
 from trak_dropout.lightning.blocks import BlockWriter, goes_on, merge, rows_of, set_aside
+from trak_dropout.lightning.calibration import calibrate_by_steps, take_over_statistics
 from trak_dropout.lightning.order import Listener, Pass, check_loader, pass_in_use
 from trak_dropout.lightning.position import is_trial, position
 from trak_dropout.lightning.processes import Processes
@@ -51,24 +53,30 @@ class TrainingRows:
     names.
 
     Args:
-        projector: makes the projector for the parameters of a model that it is given.
+        projector: makes the projector for the parameters of a model that it is given, of another
+            scheme where one is named.
         part: the submodule whose gradients are taken, by name; the module itself when None.
         grad_wrt: names or patterns of its parameters; all that are trained when None.
         reduction: whether the loss is the mean or the sum of the samples' losses; ``"auto"`` to
             find out.
         self_check: compare rows with plain autograd, before training begins and now and then.
+        calibration_samples: samples of which weighted dropout takes statistics.
+        calibrate_each: take statistics of its own for every epoch.
     """
 
     def __init__(
         self,
-        projector: Callable[[nn.Module, Sequence[str]], DropoutProjector],
+        projector: Callable[..., DropoutProjector],
         part: str | None,
         grad_wrt: str | Sequence[str] | None,
         reduction: Reduction | str,
         self_check: bool,
+        calibration_samples: int,
+        calibrate_each: bool,
     ) -> None:
         self._make_projector, self._part, self._grad_wrt = projector, part, grad_wrt
         self._reduction, self._self_check = reduction, self_check
+        self._calibration_samples, self._calibrate_each = calibration_samples, calibrate_each
         self._listener: Listener | None = None
         self._live: LiveGradients | None = None
         self._saver: ManifestSaver | None = None
@@ -119,22 +127,19 @@ class TrainingRows:
             self._model = submodule(module, self._part)
             self._names = self._trained()
             self._projector = self._make_projector(self._model, self._names)
-            if self._projector.proj_type == "weighted_dropout":
-                raise MisconfigurationException(
-                    "GradientCollector(mode='training') cannot use proj_type='weighted_dropout': "
-                    "its statistics would have to be known before training; use 'dropout' or "
-                    "'unit_dropout'"
-                )
-            layouts, reduction = self._try(trainer, module)
+            # Tried without statistics: those of weighted dropout are taken when an epoch begins.
+            trial = self._make_projector(self._model, self._names, "dropout")
+            shares = trial.shares(0, module.device)
+            self._layouts, reduction = self._try(trainer, module, shares)
         processes.same("the reduction of the loss", reduction)
         processes.same("the number of training samples", size)
         if is_trial(trainer):
             return
         self._live = LiveGradients(
             self._model,
-            self._projector.shares(0, module.device),
+            shares,
             self._names,
-            layouts=layouts,
+            layouts=self._layouts,
             reduction=reduction,
             check=self._self_check,
         )
@@ -177,7 +182,7 @@ class TrainingRows:
                 )
             # A run that is resumed within an epoch counts on, but its loader begins anew.
             self._first_batch = batch_idx if position(trainer) == self._position + 1 else 0
-            self._open_block(epoch, module.device)
+            self._open_block(trainer, module)
         assert self._pass is not None
         self._indices = self._pass.indices(batch_idx - self._first_batch)
         self._step = trainer.global_step
@@ -265,11 +270,10 @@ class TrainingRows:
         return trained if chosen is None else chosen
 
     def _try(
-        self, trainer: pl.Trainer, module: pl.LightningModule
+        self, trainer: pl.Trainer, module: pl.LightningModule, shares: Shares
     ) -> tuple[Mapping[str, Sequence[CallLayout]] | None, Reduction]:
         """Learn where layers have their samples, and how the loss is reduced."""
         given: Any = None if self._reduction == "auto" else self._reduction
-        shares = self._projector.shares(0, module.device)
         try:
             layouts, found = try_training_step(
                 trainer, module, self._part, shares, self._names, self._self_check
@@ -310,11 +314,11 @@ class TrainingRows:
             )
         return layouts, found or given or "mean"
 
-    def _open_block(self, epoch: int, device: torch.device) -> None:
+    def _open_block(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Begin the block of an epoch, or go on with it where a resumed run does."""
         assert self._live is not None
         self._refuse_unfrozen()
-        after, columns = self._position, self._projector.proj_dim
+        epoch, after, columns = trainer.current_epoch, self._position, self._projector.proj_dim
 
         def begin() -> tuple[int, str | None, bool]:
             assert self._saver is not None
@@ -332,6 +336,7 @@ class TrainingRows:
             return model_id, None if earlier is None else str(earlier), again
 
         model_id, earlier, again = self._processes.agree(begin)
+        self._calibrate(trainer, module, model_id if self._calibrate_each else None)
         with self._processes.together():
             directory, rank = self._root / str(model_id), self._processes.rank
             kept = None
@@ -349,8 +354,43 @@ class TrainingRows:
                 before = before[(before.rank == rank) & (before.batch <= after)]
                 writer.add(before, rows_of(Path(earlier), before))
                 writer.sync()
-            self._live.shares = self._projector.shares(model_id, device)
+            self._live.shares = self._projector.shares(model_id, module.device)
             self._live.start()
+
+    def _calibrate(
+        self, trainer: pl.Trainer, module: pl.LightningModule, owner: int | None
+    ) -> None:
+        """Take the statistics that weighted dropout needs, unless the store has them."""
+        projector, saver, of = self._projector, self._saver, (self._model, self._names)
+        if projector.proj_type != "weighted_dropout":
+            return
+        if self._processes.agree(lambda: owner not in projector.statistics):
+            with self._processes.together():  # in all, because a step may talk to the others
+                try:
+                    calibrate_by_steps(
+                        projector if self._processes.is_first else self._make_projector(*of),
+                        owner,
+                        trainer,
+                        module,
+                        self._part,
+                        self._layouts,
+                        self._calibration_samples,
+                    )
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    raise MisconfigurationException(
+                        "GradientCollector(mode='training', proj_type='weighted_dropout') could "
+                        f"not calibrate with training steps: {error}; use another proj_type"
+                    ) from error
+
+            def keep() -> None:
+                assert saver is not None
+                saver.save_statistics()
+
+            self._processes.agree(keep)
+        with self._processes.together():
+            take_over_statistics(projector, self._root, self._processes)
 
     def _refuse_unfrozen(self) -> None:
         """Raise where parameters are trained that were not when training started."""

@@ -80,11 +80,11 @@ def try_training_step(
             torch.manual_seed(seed)
             batch = to_device(module, copy.deepcopy(batches[tuple(which)]), module.device)
             with trainer.precision_plugin.forward_context():
-                return _loss_of(twin, batch)
+                return loss_of(twin, batch)
 
         def run(work: Callable[[pl.LightningModule], Any]) -> Any:
             try:
-                return work(_twin(module, trainer))
+                return work(twin_of(module, trainer))
             except (FactorError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
@@ -135,6 +135,25 @@ def try_training_step(
         return layouts, None
 
 
+def spaced(count: int, size: int) -> list[int]:
+    """Indices of some samples, from all over a data set of that size."""
+    return np.linspace(0, size - 1, count).astype(int).tolist()
+
+
+def read_groups(
+    loader: Any, groups: Iterable[list[int]], collate: Callable[[Any], Any]
+) -> Iterable[Any]:
+    """Read samples of a loader's data set, as it does, into batches of given indices."""
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=groups,
+        collate_fn=collate,
+        num_workers=min(1, loader.num_workers),
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
 def _read(loader: Any) -> dict[tuple[int, ...], Any]:
     """Read a few samples, as the loader does, into batches of some of them.
 
@@ -144,27 +163,17 @@ def _read(loader: Any) -> dict[tuple[int, ...], Any]:
     size = len(loader.dataset)
 
     def read(indices: Iterable[int], collate: Callable[[Any], Any]) -> Iterable[Any]:
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=[[index % size for index in indices]],
-            collate_fn=collate,
-            num_workers=min(1, loader.num_workers),
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-        )
-
-    def spaced(count: int) -> list[int]:
-        return np.linspace(0, size - 1, count).astype(int).tolist()
+        return read_groups(loader, [[index % size for index in indices]], collate)
 
     try:
-        check_collation(loader.collate_fn, partial(read, spaced(min(TRIED, size))))
+        check_collation(loader.collate_fn, partial(read, spaced(min(TRIED, size), size)))
     except MisconfigurationException:
         raise
     except Exception as error:  # in samples that training may never read
         _LOG.info("whether collate_fn keeps the order of samples could not be told: %s", error)
     failure: Exception | None = None
     # From all over it, because neighbors are often of one class; but those may not be alike.
-    for indices in (spaced(_SAMPLES), range(_SAMPLES)):
+    for indices in (spaced(_SAMPLES, size), range(_SAMPLES)):
         try:
             (found,) = read(indices, _Batches(loader.collate_fn))
             return found
@@ -209,7 +218,8 @@ class _Quiet:
         return getattr(self._trainer, name)
 
 
-def _twin(module: pl.LightningModule, trainer: pl.Trainer) -> pl.LightningModule:
+def twin_of(module: pl.LightningModule, trainer: pl.Trainer) -> pl.LightningModule:
+    """Copy a module; the copy reads its Trainer, but logs nothing."""
     twin = copy.deepcopy(module)  # without its Trainer
     twin.zero_grad(set_to_none=True)
     twin._trainer = _Quiet(trainer)  # type: ignore[assignment]
@@ -226,7 +236,12 @@ def _settle_random(twin: nn.Module) -> None:
             part.eval()
 
 
-def _loss_of(module: pl.LightningModule, batch: Any) -> Tensor:
+def loss_of(module: pl.LightningModule, batch: Any) -> Tensor:
+    """Take a module's training step, whose batch is on its device.
+
+    Raises:
+        TryoutError: it does not return a loss.
+    """
     given = [batch]
     if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
         given.append(0)
