@@ -213,9 +213,19 @@ def weights_and_chance(module: nn.Module) -> list[Tensor]:
     return [*module.state_dict().values(), torch.rand(3)]
 
 
-def test_weighted_dropout_draws_by_gradients_of_training_steps(tmp_path: Path) -> None:
+def twice_net() -> nn.Module:
+    shared = nn.Linear(36, 36)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.Flatten(), shared, nn.Tanh(), shared, nn.Linear(36, 10)
+    )
+
+
+@pytest.mark.parametrize("build", [net, twice_net])
+def test_weighted_dropout_draws_by_gradients_of_training_steps(
+    tmp_path: Path, build: Callable[[], nn.Module]
+) -> None:
     pl.seed_everything(1, verbose=False)
-    first = Stepper(net())  # before any step
+    first = Stepper(build())  # before any step
     images, labels = digits()
     # Three batches of 16 from all over the data set, whose order does not matter to a mean.
     spread = np.linspace(0, N - 1, 48).astype(int)
@@ -228,7 +238,7 @@ def test_weighted_dropout_draws_by_gradients_of_training_steps(tmp_path: Path) -
         ):
             rows = g.reshape(len(weight), -1).double().square().sum(1) / 48
             expected[name] = expected.get(name, 0) + rows
-    fit(net, [collector(tmp_path, **WEIGHTED)], max_epochs=1)
+    fit(build, [collector(tmp_path, **WEIGHTED)], max_epochs=1)
     (taken,) = td.open_store(tmp_path).projector().statistics.values()
     for rows, name in zip(taken.rows, expected, strict=True):
         # Of the mean loss of a batch of 16.

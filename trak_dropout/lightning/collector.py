@@ -262,6 +262,7 @@ class GradientCollector(pl.Callback):
         self.reduction = reduction
         self.self_check = self_check
         self.collect_seconds = 0.0
+        self._key = self._generate_state_key(save_dir=str(self.save_dir))  # asked at every hook
         self._run = uuid.uuid4().hex
         self._started = 0.0
         self._pending: tuple[dict[str, Any], dict[str, Any]] | None = None
@@ -289,7 +290,7 @@ class GradientCollector(pl.Callback):
     @property
     def state_key(self) -> str:
         """Key of this collector's state in a checkpoint: several collectors may run at once."""
-        return self._generate_state_key(save_dir=str(self.save_dir))
+        return self._key
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know: which run's store this is."""
