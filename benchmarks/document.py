@@ -525,6 +525,21 @@ def epochs(found: Results) -> str:
     )
 
 
+def fidelity(key: str) -> Callable[[Results], str]:
+    """How well scores along the run correlate with those of rows that keep every coordinate."""
+
+    def made(found: Results) -> str:
+        cells = {(r["method"], f"{r['setting']} {r['k']}"): r for r in found["rows"]}
+        methods, columns = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
+        return (
+            f"{found['n']} training samples, {found['m']} targets, {found['epochs']} epochs; "
+            f"{found['seeds']} seeds of the masks, 95 % intervals.\n\n"
+            + table(methods, columns, lambda m, c: shown(cells[m, c][key]), "projection")
+        )
+
+    return made
+
+
 def threads(found: Results) -> str:
     """What a measurement was made with."""
     count = found["threads"]
@@ -556,6 +571,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "batch cost": ("featurize", compressing),
     "callback cost": ("callback", collecting),
     "training cost": ("training_mode", epochs),
+    "trajectory scores": ("trajectory", fidelity("scores")),
+    "trajectory self influence": ("trajectory", fidelity("self_influence")),
     "lds picture": picture("lds", "Score over time"),
     "mislabel picture": picture("mislabel", "Recall over the share inspected"),
     "retrain picture": picture("retrain", "Loss over the share removed"),

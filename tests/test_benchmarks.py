@@ -198,7 +198,8 @@ def test_flipped_labels_are_other_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    "study", ["lds", "mislabel", "retrain", "crosssource", "scale", "folds", "damping"]
+    "study",
+    ["lds", "mislabel", "retrain", "crosssource", "scale", "folds", "damping", "trajectory"],
 )
 def test_studies_have_help(study: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{study}.py"), "--help"]
