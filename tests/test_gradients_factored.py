@@ -349,6 +349,27 @@ def test_adapters_and_grad_wrt() -> None:
         torch.testing.assert_close(grads[name], expected[name])
 
 
+@pytest.mark.parametrize("task", [MARGIN, LOSS], ids=["margin", "loss"])
+def test_adapters_behind_an_input_that_asks_for_gradients(task: Any) -> None:
+    """As Hugging Face's ``enable_input_require_grads`` makes it ask, for checkpoints and PEFT."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), Adapter(nn.Linear(64, 9)), Adapter(nn.Linear(9, 10)))
+    model.double().eval()
+    model[0].register_forward_hook(lambda module, args, output: output.requires_grad_())
+    expected = oracle(model, task, images())
+    wanted = [name for name, p in model.named_parameters() if p.requires_grad]
+    computer = FactoredGradientComputer(model, task, grad_wrt=wanted)
+    projector = td.DropoutProjector.from_model(model, 16, dtype=torch.float64, grad_wrt=wanted)
+    for _ in range(3):
+        grads = computer.compute_per_sample_grad(images())
+        for name in wanted:
+            torch.testing.assert_close(grads[name], expected[name])
+        rows = computer.compute_into(images(), projector.shares(0, torch.device("cpu")))
+        dense = {name: expected[name] for name in wanted}
+        torch.testing.assert_close(projector.finish(rows, 0), projector.project(dense, 0))
+    assert "run as one forward" in computer.describe()
+
+
 def test_grad_wrt_flows_back_no_further_than_needed() -> None:
     class Counted(torch.autograd.Function):
         calls = 0

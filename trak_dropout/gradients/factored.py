@@ -35,6 +35,7 @@ from trak_dropout.gradients.taps import (
     Place,
     Recorder,
     Site,
+    leaves_of,
     place_of,
     tapped,
     to_front,
@@ -686,7 +687,12 @@ class FactoredGradientComputer(DenseGradientComputer):
             if batch is self._batch and weights is None:
                 self._outputs = output.detach()
             output = output if weights is None else output * weights.to(output)
-            _backward(output, list(recorder.leaves))  # a checkpoint may add some meanwhile
+            # Where inputs ask for gradients (Hugging Face's enable_input_require_grads), layers
+            # behind them have no leaf of ours.
+            leaves = leaves_of(output) if recorder.foreign else list(recorder.leaves)
+            _backward(
+                output, leaves
+            )  # not the recorder's list: a checkpoint may add some meanwhile
         if not plan.exact or weights is not None:
             return {}
         rows = [self._autograd([part[i] for part in batch], plan.exact) for i in range(samples)]

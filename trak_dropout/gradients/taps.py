@@ -116,6 +116,10 @@ class Recorder:
         parameters: names of the parameters that factors are collected for.
         sink: takes each factor as it comes, with the name of its parameter; when None they are held
             in ``factors``.
+
+    Attributes:
+        leaves: where gradients have to flow back to.
+        foreign: whether something else in the model asks for gradients, too.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class Recorder:
         # A function that held this object would hold the batch until Python's collector comes by.
         self.keep = sink or (lambda name, factor: factors[name].append(factor))
         self.leaves: list[Tensor] = []
+        self.foreign = False
         self.lowest = torch.float64
         self.recording = True
 
@@ -148,6 +153,7 @@ class Recorder:
             self.leaves.append(leaf)
             output = leaf.clone()  # a leaf could not be changed in place
         else:
+            self.foreign |= not self.leaves
             output = no_view(site.module, output)
         if not self.recording:  # an activation checkpoint runs the layer again
             return output
@@ -176,6 +182,19 @@ class Recorder:
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
         return output
+
+
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """Return the tensors at which the graph behind a tensor ends."""
+    found, seen, behind = [], set(), [output.grad_fn]
+    while behind:
+        node = behind.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            behind += [before for before, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                found.append(node.variable)
+    return found
 
 
 class Physical(torch.autograd.Function):
