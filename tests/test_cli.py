@@ -76,11 +76,12 @@ def test_score_of_targets(scored: Path, tmp_path: Path, capsys: pytest.CaptureFi
     indices, values = top_influences(Store(scored), "test", 3)
     assert printed["indices"] == indices.tolist()
     np.testing.assert_allclose(printed["values"], values)
-    more = ["--harmful", "--damping", "0.1", "--model-ids", "1", "--out", str(tmp_path / "out.npz")]
+    out = tmp_path / "new/out.npz"
+    more = ["--harmful", "--damping", "0.1", "--model-ids", "1", "--out", str(out)]
     assert main([*arguments, *more]) == 0
     assert "target 0: " in capsys.readouterr().out
     expected = top_influences(Store(scored), "test", 3, harmful=True, damping=0.1, model_ids=[1])
-    written = np.load(tmp_path / "out.npz")
+    written = np.load(out)
     np.testing.assert_array_equal(written["indices"], expected[0])
     np.testing.assert_array_equal(written["values"], expected[1])
 

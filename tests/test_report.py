@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,8 @@ def test_labels_and_their_names() -> None:
     assert Examples(["a"]).label(0) is None
     assert Examples(["a"], labels=np.array([3])).label(0) == "3"
     assert Examples([("a", 7)], classes=["x"]).label(0) == "7"
+    assert Examples([("a", -1)], classes=["cat", "dog"]).label(0) == "-1"
+    assert Examples([("a", -1)], classes={-1: "none"}).label(0) == "none"
 
 
 @settings(deadline=None, max_examples=60)
@@ -303,12 +306,15 @@ def test_bad_arguments_are_named(
     with pytest.raises(ValueError, match="true_labels: 2 for 1"):
         Examples([1], true_labels=[1, 2])
     assert not out.exists()
-    (tmp_path / "own.py").write_text("train = 3\n")
+    (tmp_path / "own.py").write_text("train = 3\ndef needs(size): ...\ndef none(): ...\n")
     for name, words in [
         ("nothing.here:x", "no module nothing.here"),
         ("own", "give package.module:function"),
         (f"{tmp_path}/none.py:x", "no file"),
         (f"{tmp_path}/own.py:y", "has no y"),
+        (f"{tmp_path}/own.py:train", "own.py:train: data must have a length"),
+        (f"{tmp_path}/own.py:none", "got NoneType"),
+        (f"{tmp_path}/own.py:needs", "without arguments: missing a required argument: 'size'"),
     ]:
         assert main(["report", str(store.save_dir), "--data", name, "--out", str(out)]) == 1
         assert words in capsys.readouterr().err
@@ -318,8 +324,12 @@ def test_command_line(
     store: AttributionStore, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "beside.py").write_text("from cases import train_set, target_set\n")
-    (tmp_path / "own.py").write_text("import beside\ntest = beside.target_set()\n"
-                                     "def train():\n    return beside.train_set()\n")  # fmt: skip
+    (tmp_path / "own.py").write_text(
+        "import beside\ntest = beside.target_set()\ndef train():\n    return beside.train_set()\n"
+        "class Train:\n    def __init__(self):\n        self.data = beside.train_set()\n"
+        "    def __len__(self):\n        return len(self.data)\n"
+        "    def __getitem__(self, i):\n        return self.data[i]\n"
+    )
     out = tmp_path / "sub/report.html"
     arguments = ["report", str(store.save_dir), "--out", str(out), "--json", "--target", "7"]
     arguments += ["--model-ids", "1", "--damping", "0.5", "--curvature", "loss"]
@@ -334,6 +344,9 @@ def test_command_line(
     (target,) = content(out)["targets"]
     assert target["index"] == 7
     assert "sprite" in target
+    page, of_a_class = content(out), [text.replace(":train", ":Train") for text in arguments]
+    assert main(of_a_class) == 0
+    assert content(out) == page
     assert main(["report", str(tmp_path)]) == 1
     assert "holds no store" in capsys.readouterr().err
 
@@ -349,3 +362,16 @@ def test_damaged_experiments_are_named(
     assert f"{copied}/experiments.json is damaged" in capsys.readouterr().err
     assert main(["score", str(copied), "--experiment", "other"]) == 1
     assert f"{copied}/experiments.json is damaged" in capsys.readouterr().err
+
+
+def test_a_single_sample_and_a_title_of_odd_bytes(tmp_path: Path) -> None:
+    model = mlp()
+    options = {"n_train": 1, "n_targets": 2, **td.plugin(model, 32)}
+    traker, _ = quickstart(model, checkpoints(model, 2), tmp_path / "s", **options)
+    out = tmp_path / "r.html"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(traker, out, title="caf\udce9")  # as the command line hands over Latin-1
+    page = out.read_text()
+    assert '<h1 dir="auto">caf?</h1>' in page
+    assert not re.search(r"\bnan\b", re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL))

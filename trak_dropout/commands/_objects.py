@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ def load_object(name: str, option: str) -> Any:
         The object, or what it returns where it is a function or a class.
 
     Raises:
-        ValueError: the module, the file or the name in it does not exist.
+        ValueError: the module, the file or the name in it does not exist, or is to be called with
+            arguments.
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
@@ -43,8 +45,16 @@ def load_object(name: str, option: str) -> Any:
         if not hasattr(found, part):
             raise ValueError(f"{option}: {place} has no {attribute}")
         found = getattr(found, part)
-    is_function = callable(found) and not hasattr(found, "__getitem__")
-    return found() if is_function else found
+    # The class of a data set has its items' method, too.
+    if not callable(found) or (hasattr(found, "__getitem__") and not isinstance(found, type)):
+        return found
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{option}: {attribute} of {place} is called without arguments: {error}"
+        ) from error
+    return found()
 
 
 def _module_of_file(file: Path, option: str) -> Any:

@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from trak_dropout.curvature import CURVATURES
 
@@ -70,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from trak_dropout.attribution import open_store
-    from trak_dropout.commands._objects import load_object
     from trak_dropout.report import write
     from trak_dropout.store import MANIFEST, FeatureFiles
 
@@ -87,9 +87,9 @@ def run(options: argparse.Namespace) -> int:
     found = write(
         store,
         options.out,
-        None if options.data is None else load_object(options.data, "--data"),
+        _examples(options.data, "--data"),
         exp_name=exp_name or None,
-        targets=load_object(targets, "--targets") if targets else None,
+        targets=_examples(targets, "--targets"),
         chosen=options.target,
         title=options.title,
         summary=options.summary,
@@ -106,3 +106,17 @@ def run(options: argparse.Namespace) -> int:
             print(f"note: {warning}", file=sys.stderr)
         print(f"{found['page']} ({found['bytes'] / 1e6:.1f} MB)")
     return 0
+
+
+def _examples(name: str | None, option: str) -> Any:
+    """The data set that an option names; what is none is the command line's mistake."""
+    from trak_dropout.commands._objects import load_object
+    from trak_dropout.report import Examples
+
+    if not name:
+        return None
+    found = load_object(name, option)
+    try:
+        return found if isinstance(found, Examples) else Examples(found)
+    except TypeError as error:
+        raise ValueError(f"{option} {name}: {error}") from error

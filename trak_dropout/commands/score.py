@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trak_dropout._files import replacing
 from trak_dropout.curvature import CURVATURES
 
 _SHOWN = 20
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     indices, values = result
     if options.out is not None:
         name = options.out.name.removesuffix(".npz") + ".npz"
-        with options.out.with_name(name).open("wb") as file:
+        with replacing(options.out.with_name(name)) as file:
             np.savez(file, indices=indices, values=values)
     if options.json:
         found = {"indices": indices.tolist(), "values": values.tolist()}

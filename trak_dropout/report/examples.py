@@ -125,8 +125,12 @@ class Examples:
         plain = _plain(label)
         if plain is None:
             return None
+        # A list counts negative numbers from its end, but -1 often stands for no label.
+        unnamed = isinstance(plain, int) and plain < 0 and not isinstance(self.classes, Mapping)
+        if self.classes is None or unnamed:
+            return str(plain)
         try:
-            return str(plain if self.classes is None else self.classes[plain])
+            return str(self.classes[plain])
         except (KeyError, IndexError, TypeError):
             return str(plain)
 

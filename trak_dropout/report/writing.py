@@ -191,7 +191,7 @@ def write(
             files, computer.damping if not computer.lambda_reg else "absolute", curvature
         ),
     )
-    text = render(page).encode()
+    text = render(page).encode(errors="replace")  # a title may hold what no text can
     with replacing(Path(out)) as file:
         file.write(text)
     return {
@@ -427,11 +427,12 @@ def _across(
     called = [
         f"{i}" if label is None else f"{i}: {label}" for i, label in zip(top, labels, strict=True)
     ]
-    agreements = [_rank_correlation(a, b) for a, b in pairwise(each)]
-    text = (
-        "Lines are the most suspect samples. Rank correlation of neighbouring checkpoints: "
-        + ", ".join(f"{a:.2f}" for a in agreements)
-        + ". A line that rises late is a sample that the model bends for only at the end; cards of "
+    text = "Lines are the most suspect samples."
+    if len(order) > 1:
+        agreements = ", ".join(f"{_rank_correlation(a, b):.2f}" for a, b in pairwise(each))
+        text += f" Rank correlation of neighbouring checkpoints: {agreements}."
+    text += (
+        " A line that rises late is a sample that the model bends for only at the end; cards of "
         "explained predictions have such lines, too."
     )
     return [Plot(plots.across(names, each, top, called), "Self-influence at each checkpoint", text)]
