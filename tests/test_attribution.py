@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from cases import loader, target_set
 from test_lightning import fit
+from trak import TRAKer
+
+from trak_dropout import plugin
+from trak_dropout.gradients import BatchError
 
 
 @pytest.mark.parametrize("columns", [48, 400])  # 400 columns of 300 samples: the dual form
@@ -22,3 +26,22 @@ def test_several_dampings_are_those_one_by_one(tmp_path: Path, columns: int) -> 
     for wrong, words in (([], "empty list"), ([0.1, -1], "damping must be"), (True, "damping")):
         with pytest.raises(ValueError, match=words):
             collector.store.attribute(targets, damping=wrong, progress=False)
+    number = collector.store.attribute(targets, damping=np.float32(2), progress=False)
+    np.testing.assert_array_equal(number, one)
+
+
+def test_traker_scores_the_targets_that_were_added(tmp_path: Path) -> None:
+    collector, module, _ = fit(tmp_path, proj_dim=48)
+    store, targets = collector.store, loader(target_set())
+    store.add_targets("added", targets, progress=False)
+    traker = TRAKer(
+        module, "image_classification", 300, str(store.save_dir), device="cpu",
+        use_half_precision=False, **plugin(module, 48),
+    )  # fmt: skip
+    traker.finalize_features()
+    scores = np.array(traker.finalize_scores("added"))
+    expected = store.attribute(targets, progress=False)
+    np.testing.assert_allclose(scores, expected, atol=1e-6 * np.abs(expected).max())
+    images, labels = next(iter(targets))
+    with pytest.raises(BatchError, match="no targets in its batches"):
+        store.add_targets("none", [(images[:0], labels[:0])], progress=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import checkpoints, digits, mlp, quickstart
+from cases import checkpoints, digits, loader, mlp, quickstart, target_set
 from torch import nn
 from trak import TRAKer
 
@@ -172,6 +172,54 @@ def test_processes_write_the_manifest_in_turn(tmp_path: Path) -> None:
         process.join()
     known = Store(tmp_path).manifest["model_ids"]
     assert known == {str(rank): {str(i): i for i in range(20)} for rank in range(4)}
+
+
+def test_processes_register_targets_in_turn(stored: tuple[nn.Module, Path]) -> None:
+    _, folder = stored
+
+    def keep(rank: int) -> None:
+        for i in range(20):
+            Store(folder).write_targets(0, f"{rank} {i}", np.ones((2, 32), np.float32))
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=keep, args=(rank,)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    known = json.loads((folder / "experiments.json").read_text())
+    assert known.keys() - {"test"} == {f"{rank} {i}" for rank in range(4) for i in range(20)}
+
+
+def test_a_name_stands_for_other_targets(tmp_path: Path) -> None:
+    model = mlp()
+    states = checkpoints(model, 2)
+    traker, scores = quickstart(model, states, tmp_path, **plugin(model, 32))
+    images, labels = next(iter(loader(target_set(), 20)))
+
+    def score(count: int, model_ids: list[int]) -> np.ndarray:
+        again = np.arange(count) % 20
+        for i in model_ids:
+            traker.start_scoring_checkpoint("test", states[i], i, num_targets=count)
+            traker.score((images[again], labels[again]), num_samples=count)
+        return np.array(traker.finalize_scores("test", model_ids=model_ids))
+
+    few, many = score(7, [0, 1]), score(30, [0, 1])
+    assert few.shape == (300, 7)
+    np.testing.assert_allclose(few, scores[:, :7], rtol=2e-2, atol=1e-2 * np.abs(scores).max())
+    np.testing.assert_array_equal(many[:, :10], many[:, 20:])
+    score(5, [1])
+    Store(tmp_path).write_targets(1, "late", np.ones((3, 32), np.float32))
+    assert "late" in json.loads((tmp_path / "experiments.json").read_text())
+    with pytest.raises(FileNotFoundError, match="has 30 targets for model_id=0, 5 in all"):
+        traker.finalize_scores("test")
+    assert "late" in json.loads((tmp_path / "experiments.json").read_text())
+    traker.start_scoring_checkpoint("one", states[1], 1, num_targets=20)
+    traker.score((images, labels), num_samples=20)
+    with pytest.raises(FileNotFoundError, match="'one' has no targets for model_id=0"):
+        traker.finalize_scores("one")
+    traker.finalize_scores("one", model_ids=[1])
+    assert {"late", "one", "test"} <= json.loads((tmp_path / "experiments.json").read_text()).keys()
 
 
 def test_processes_of_one_checkpoint_use_one_factor(tmp_path: Path) -> None:

@@ -179,8 +179,8 @@ class AttributionStore(Store):
         chosen = self.choose(model_ids)
         one: float | str = "auto"
         dampings: list[float | str] | None = None
-        if isinstance(damping, str | int | float):
-            one = damping
+        if isinstance(damping, str | int | float | np.generic):
+            one = check_damping(damping)
         elif not (dampings := [check_damping(value) for value in damping]):
             raise ValueError("damping is an empty list; give at least one value")
         scores: Tensor | float = 0.0
@@ -284,7 +284,10 @@ class AttributionStore(Store):
                             f"targets, batch {i}: {error}", error.samples
                         ) from error
                     bar.update()
-                yield model_id, torch.cat(rows)
+                features = torch.cat(rows)
+                if not len(features):
+                    raise BatchError("loader: there are no targets in its batches")
+                yield model_id, features
 
     def self_influence(
         self,

@@ -9,7 +9,7 @@ directory::
     <m>/transient.safetensors    its buffers outside the state dict
     statistics_<m>.safetensors    what weighted dropout draws by, for checkpoint m or "shared"
     manifest.json    how the features came about
-    manifest.lock    empty; whoever changes the manifest locks it
+    manifest.lock, experiments.lock    empty; whoever changes these files locks them
 
 A plain ``TRAKer`` opens it, since the manifest lies beside its files and changes none of them.
 """
@@ -46,6 +46,7 @@ _LOG = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _LOCK = "manifest.lock"
+_EXPERIMENTS, _EXPERIMENTS_LOCK = "experiments.json", "experiments.lock"
 
 
 class StoreMismatchError(ValueError):
@@ -187,7 +188,7 @@ class ManifestSaver(MmapSaver):
         self._projector = projector
         _share_statistics(root, self.manifest, projector)
         if load_from_save_dir:  # TRAK would write them, but not whole or not at all
-            for name, content in (("metadata.json", metadata), ("experiments.json", {})):
+            for name, content in (("metadata.json", metadata), (_EXPERIMENTS, {})):
                 if not _is_json(root / name):
                     write_json(root / name, content)
         self._scales = (
@@ -255,10 +256,14 @@ class ManifestSaver(MmapSaver):
             model_id: the checkpoint.
             *args: as for TRAK's savers.
             **options: as for TRAK's savers.
+
+        Raises:
+            FileNotFoundError: the experiment has no targets for this checkpoint.
         """
         super().load_current_store(model_id)
         if args or options:  # an experiment's; TRAK would leave another checkpoint's rows open
             super().load_current_store(model_id, *args, **options)
+            self._complete_experiment(model_id)
         self._attach()  # another store may have used the projector since
         if self._scales is None:
             return
@@ -276,6 +281,50 @@ class ManifestSaver(MmapSaver):
             self._scales.factors[model_id] = facts["scale"]
         elif done.all():  # stores of earlier versions have no factors
             self._scales.factors.setdefault(model_id, 1.0)
+
+    def _complete_experiment(self, model_id: int) -> None:
+        """Make room for the scores of targets that `Store.write_targets` wrote."""
+        name, opened = self.current_experiment_name, self.current_store
+        targets, known = opened[f"{name}_grads"], self.experiments[name]["num_targets"]
+        if targets is None or len(targets) != known:
+            raise FileNotFoundError(
+                f"exp_name={name!r} has {'no' if targets is None else len(targets)} targets for "
+                f"model_id={model_id}, {known} in all: call start_scoring_checkpoint and score for "
+                "it, or leave it out of model_ids"
+            )
+        if opened[f"{name}_scores"] is None:
+            file, shape = _scores_file(self.save_dir, name), (self.train_set_size, len(targets))
+            opened[f"{name}_scores"] = self._load(file, shape, "w+")
+
+    def init_experiment(self, exp_name: str, num_targets: int, model_id: int) -> None:
+        """Register targets, as for TRAK's savers; files of another number of them are made anew.
+
+        Args:
+            exp_name: the targets' experiment name.
+            num_targets: how many there are.
+            model_id: the checkpoint.
+        """
+        with locked(self.save_dir / _EXPERIMENTS_LOCK):
+            for file, axis in (
+                (_targets_file(self.save_dir, model_id, exp_name), 0),
+                (_scores_file(self.save_dir, exp_name), 1),
+            ):
+                if file.is_file() and np.load(file, mmap_mode="r").shape[axis] != num_targets:
+                    file.unlink()  # TRAK would open it as it is
+            super().init_experiment(exp_name, num_targets, model_id)
+
+    def save_scores(self, exp_name: str) -> None:
+        """Note that scores are final, as for TRAK's savers, and keep what others registered.
+
+        Args:
+            exp_name: the targets' experiment name.
+        """
+        with locked(self.save_dir / _EXPERIMENTS_LOCK):
+            others = read_object(self.save_dir / _EXPERIMENTS)
+            self.experiments.update(
+                {name: facts for name, facts in others.items() if name != exp_name}
+            )
+            super().save_scores(exp_name)
 
     def _attach(self) -> None:
         """Have the projector ask this store."""
@@ -702,18 +751,19 @@ class Store(FeatureFiles):
         Raises:
             ValueError: a row is NaN, infinite, or vanishes in the store's type.
         """
-        path = self._targets_file(model_id, exp_name)
+        path = _targets_file(self.save_dir, model_id, exp_name)
         stored = storable(values, np.dtype(self.settings.dtype), path.name)
         with replacing(path) as file:
             np.lib.format.write_array(file, stored, allow_pickle=False)
-        known = self.save_dir / "experiments.json"
-        experiments = json.loads(known.read_text()) if known.is_file() else {}
-        experiments[exp_name] = {
-            "num_targets": len(values),
-            "scores_path": str(self.save_dir / f"scores/{exp_name}.mmap"),
-            "scores_finalized": 0,
-        }
-        write_json(known, experiments)
+        known = self.save_dir / _EXPERIMENTS
+        with locked(self.save_dir / _EXPERIMENTS_LOCK):
+            experiments = json.loads(known.read_text()) if known.is_file() else {}
+            experiments[exp_name] = {
+                "num_targets": len(values),
+                "scores_path": str(_scores_file(self.save_dir, exp_name)),
+                "scores_finalized": 0,
+            }
+            write_json(known, experiments)
 
     def remove_targets(self, exp_name: str) -> None:
         """Delete the compressed gradients of targets, of all checkpoints.
@@ -722,10 +772,7 @@ class Store(FeatureFiles):
             exp_name: the targets' experiment name.
         """
         for model_id in self.manifest["model_ids"].keys() | {str(m) for m in self.model_ids}:
-            self._targets_file(int(model_id), exp_name).unlink(missing_ok=True)
-
-    def _targets_file(self, model_id: int, exp_name: str) -> Path:
-        return self.save_dir / str(model_id) / f"{exp_name}_grads.mmap"
+            _targets_file(self.save_dir, int(model_id), exp_name).unlink(missing_ok=True)
 
     def weights(self, model_id: int) -> dict[str, Tensor]:
         """Return a checkpoint's weights.
@@ -795,9 +842,9 @@ def remove_store(root: Path) -> None:
         _remove_checkpoint(root, model_id)
     for folder in (root / "scores", *root.glob(f"{PREFIX}*")):
         shutil.rmtree(folder, ignore_errors=True)
-    for file in [*root.glob("statistics_*.safetensors"), root / "experiments.json"]:
+    for file in [*root.glob("statistics_*.safetensors"), root / _EXPERIMENTS]:
         file.unlink(missing_ok=True)
-    for name in ("metadata.json", MANIFEST, _LOCK):
+    for name in ("metadata.json", MANIFEST, _LOCK, _EXPERIMENTS_LOCK):
         (root / name).unlink(missing_ok=True)
 
 
@@ -805,6 +852,14 @@ def _remove_checkpoint(root: Path, model_id: str) -> None:
     (root / f"id_{model_id}.json").unlink(missing_ok=True)
     _statistics_file(root, model_id).unlink(missing_ok=True)
     shutil.rmtree(root / model_id, ignore_errors=True)
+
+
+def _targets_file(root: Path, model_id: int, exp_name: str) -> Path:
+    return root / str(model_id) / f"{exp_name}_grads.mmap"
+
+
+def _scores_file(root: Path, exp_name: str) -> Path:
+    return root / "scores" / f"{exp_name}.mmap"
 
 
 def _weights_file(root: Path, model_id: int, kind: str = "weights") -> Path:
