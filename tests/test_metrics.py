@@ -40,6 +40,10 @@ def test_retrieval() -> None:
     assert metrics.retrieval_accuracy(scores, [7, 8], [8, 7, 7]) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match=r"expected \(2, 2\)"):
         metrics.retrieval_accuracy(scores, [7, 8], [8, 7])
+    with pytest.raises(ValueError, match=r"train_labels must be of one dimension .* \(2, 1\)"):
+        metrics.retrieval_accuracy(scores, [[7], [8]], [8, 7, 7])  # would be compared crosswise
+    with pytest.raises(ValueError, match="labels must be of one dimension and not empty"):
+        metrics.retrieval_accuracy(np.zeros((2, 0)), [7, 8], [])
 
 
 def test_linear_datamodeling_score() -> None:
@@ -59,6 +63,8 @@ def test_linear_datamodeling_score() -> None:
         metrics.linear_datamodeling_score(scores, masks, outputs)
     with pytest.raises(ValueError, match="do not match"):
         metrics.linear_datamodeling_score(scores, masks[:, :-1], outputs)
+    with pytest.raises(ValueError, match="of no sample or no target"):
+        metrics.linear_datamodeling_score(scores[:, :0], masks, outputs[:, :0])
 
 
 def test_nan_is_never_ranked() -> None:

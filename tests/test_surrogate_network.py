@@ -307,7 +307,10 @@ def test_refusals_of_fit_name_what_is_wrong() -> None:
         ({"influences": [1.0, 2.0], "pairs": [[0, 0], [1, -1]]}, "within 20 sources and 10"),
         ({"influences": [1.0, 2.0], "pairs": [[0, 0], [1, 1.5]]}, "pairs must be integers"),
         ({"influences": [1.0], "pairs": [[0, 0]]}, "all equal"),
+        ({"influences": 1e39 * influences.astype(float)}, "range of float32"),
+        ({"influences": 1e200 * influences.astype(float)}, "range of float32"),
         ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": 1e30}, "training diverged"),
         ({"ranking": -1.0}, "ranking"),
         ({"validation": 1.0}, "validation"),
         ({"max_epochs": 0}, "max_epochs"),
@@ -325,6 +328,22 @@ def test_refusals_of_fit_name_what_is_wrong() -> None:
         InfluenceNetwork(4, architecture="deep")
     with pytest.raises(RuntimeError, match="learnt nothing yet"):
         small().predict(source, target)
+
+
+def test_the_default_type_does_not_matter() -> None:
+    source, target, influences = data(20, 10)
+    for architecture in ("concat", "product"):
+        plain = small(architecture=architecture).fit(source, target, influences, max_epochs=1)
+        torch.set_default_dtype(torch.float64)
+        try:
+            again = small(architecture=architecture).fit(source, target, influences, max_epochs=1)
+            predicted, best = again.predict(source, target), again.predict_top_k(source, target, 3)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert predicted.dtype == best[1].dtype == np.float32
+        np.testing.assert_array_equal(predicted, plain.predict(source, target))
+        for found, expected in zip(best, plain.predict_top_k(source, target, 3), strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_refusals_of_predict() -> None:

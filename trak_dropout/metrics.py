@@ -77,10 +77,13 @@ def retrieval_accuracy(scores: ArrayLike, train_labels: ArrayLike, labels: Array
         The share, in [0, 1].
 
     Raises:
-        ValueError: shapes do not match, or a score is not finite.
+        ValueError: shapes do not match, a score is not finite, or there is none.
     """
     matrix = _finite("scores", scores, 2)
     train, targets = np.asarray(train_labels), np.asarray(labels)
+    for name, given in (("train_labels", train), ("labels", targets)):
+        if given.ndim != 1 or not given.size:
+            raise ValueError(f"{name} must be of one dimension and not empty, got {given.shape}")
     if matrix.shape != (len(train), len(targets)):
         raise ValueError(
             f"scores has shape {matrix.shape}, expected ({len(train)}, {len(targets)}): "
@@ -117,6 +120,8 @@ def linear_datamodeling_score(
             f"scores {matrix.shape}, subset_masks {masks.shape} and outputs {truth.shape} do not "
             "match: (n_train, n_targets), (n_subsets, n_train), (n_subsets, n_targets)"
         )
+    if not matrix.size:
+        raise ValueError(f"scores of shape {matrix.shape} are of no sample or no target")
     constant = np.flatnonzero((truth == truth[:1]).all(axis=0))
     if len(constant):
         raise ValueError(f"outputs of targets {constant[:10].tolist()} are equal for all subsets")

@@ -78,7 +78,8 @@ class InfluenceNetwork(pl.LightningModule):
         self.rank = check_integer("rank", rank, minimum=1)
         self.ensemble = check_integer("ensemble", ensemble, minimum=1)
         sizes = (self.ensemble, self.embedding_dim, self.hidden_dim)
-        self.net = _Concat(*sizes) if architecture == "concat" else _Product(*sizes, self.rank)
+        net = _Concat(*sizes) if architecture == "concat" else _Product(*sizes, self.rank)
+        self.net = net.float()  # whatever torch.set_default_dtype says
         self.net.reset(0)
         self.summary: dict[str, Any] = {}
         self._scales: dict[str, Tensor] = {}
@@ -145,7 +146,7 @@ class InfluenceNetwork(pl.LightningModule):
         Raises:
             TypeError: an integer argument is none.
             ValueError: shapes do not match, a value is NaN or infinite, there are no pairs, all
-                influences are equal, or a number is out of range.
+                influences are equal, a number is out of range, or training diverged.
         """
         seed = check_integer("seed", seed, minimum=0)
         check_integer("max_epochs", max_epochs, minimum=1)
@@ -172,8 +173,8 @@ class InfluenceNetwork(pl.LightningModule):
             raise ValueError(
                 f"influences are all equal ({float(kept[0]):g}); there is nothing to learn"
             )
-        if not bool(torch.isfinite(scale)):
-            raise ValueError("influences leave the range of float64; scale them down")
+        if not float(values.abs().max()) <= torch.finfo(torch.float32).max:
+            raise ValueError("influences leave the range of float32; scale them down")
         self.cpu()
         self._scales = {
             "influences": torch.stack([mean, scale]),
@@ -218,6 +219,10 @@ class InfluenceNetwork(pl.LightningModule):
                 trainer.fit(self, training, checking)
         if self._best is not None:
             self.net.load_state_dict(self._best[1])
+        finite = self._best is None or math.isfinite(self._best[0])
+        if not (finite and all(bool(w.isfinite().all()) for w in self.net.parameters())):
+            self._scales = {}
+            raise ValueError(f"training diverged: learning_rate={learning_rate!r} is too large")
         self._finish(trainer.current_epoch, values.numel(), int(held.sum()), standard[held])
         return self
 
@@ -397,8 +402,9 @@ class InfluenceNetwork(pl.LightningModule):
         for rows, columns, found in self._predictions(source, target):
             few, count = columns.stop - columns.start, rows.stop - rows.start
             top = tops.setdefault(columns.start, Largest(few, k, self.device))
-            padded = torch.full((few, -(-count // PIECE) * PIECE), -torch.inf, device=self.device)
-            padded[:, :count] = sign * self._restored(found.mean(0)).T
+            best = sign * self._restored(found.mean(0)).T
+            padded = best.new_full((few, -(-count // PIECE) * PIECE), -torch.inf)
+            padded[:, :count] = best
             top.add(padded, rows.start)
         settled = [top.settle() for top in tops.values()]
         values = torch.cat([best for best, _ in settled]).cpu().numpy()
@@ -568,7 +574,7 @@ class _Encodings:
         mean, scale = self._scales
         with torch.no_grad():
             left = self._left[:, which]
-            result = torch.empty(left.shape[1], self.shape[1])
+            result = torch.empty(left.shape[1], self.shape[1], dtype=torch.float32)
             step = max(1, _BLOCK_FLOATS // self.shape[1])
             for start in range(0, len(result), step):
                 some = left[:, start : start + step]
