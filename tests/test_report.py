@@ -29,6 +29,7 @@ from trak_dropout.report import Example, Examples, Table, write
 from trak_dropout.report.analysis import checkpoints as look_at
 from trak_dropout.report.examples import clipped, pixels, shown
 from trak_dropout.report.pictures import COLUMNS, Sheets
+from trak_dropout.store import Store
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -362,6 +363,22 @@ def test_damaged_experiments_are_named(
     assert f"{copied}/experiments.json is damaged" in capsys.readouterr().err
     assert main(["score", str(copied), "--experiment", "other"]) == 1
     assert f"{copied}/experiments.json is damaged" in capsys.readouterr().err
+
+
+def test_checkpoints_of_one_step_are_told_apart(store: AttributionStore, tmp_path: Path) -> None:
+    """As Lightning counts them where it does not wrap the optimizer."""
+    copied = tmp_path / "store"
+    shutil.copytree(store.save_dir, copied)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    for facts in manifest["model_ids"].values():
+        facts["global_step"] = 0
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    write(Store(copied), tmp_path / "r.html")
+    names = [f"checkpoint {i}" for i in store.model_ids]
+    assert content(tmp_path / "r.html")["checkpoints"] == names
+    (told,) = set(re.findall(r"Directions that count: (.*?)\.", (tmp_path / "r.html").read_text()))
+    assert len(names) > 1
+    assert all(f"at {name}" in told for name in names)
 
 
 def test_a_single_sample_and_a_title_of_odd_bytes(tmp_path: Path) -> None:

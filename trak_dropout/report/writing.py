@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -160,7 +161,8 @@ def write(
     bar.update()
     bar.close()
 
-    names = [state.name for state in states if state.model_id in ids]
+    used = [state for state in states if state.model_id in ids]
+    names = _names(used)
     wrong = None if train is None else train.wrong
     if wrong is not None and (wrong.all() or not wrong.any()):
         wrong = None
@@ -185,7 +187,7 @@ def write(
         table=table,
         quality=_quality(value, wrong, others),
         across=_across(names, each, order, train),
-        health=_health(states, n),
+        health=_health(used, names, n),
         checkpoints=[_row(state, files, state.model_id in ids) for state in states],
         settings=_settings(
             files, computer.damping if not computer.lambda_reg else "absolute", curvature
@@ -438,8 +440,15 @@ def _across(
     return [Plot(plots.across(names, each, top, called), "Self-influence at each checkpoint", text)]
 
 
-def _health(states: Sequence[Checkpoint], n: int) -> list[Plot]:
-    known = {s.name: s.spectrum for s in states if s.spectrum is not None}
+def _names(states: Sequence[Checkpoint]) -> list[str]:
+    """What to call checkpoints: by their numbers where their steps do not tell them apart."""
+    count = Counter(state.name for state in states)
+    return [s.name if count[s.name] == 1 else f"checkpoint {s.model_id}" for s in states]
+
+
+def _health(states: Sequence[Checkpoint], names: Sequence[str], n: int) -> list[Plot]:
+    spectra = zip(names, (state.spectrum for state in states), strict=True)
+    known = {name: spectrum for name, spectrum in spectra if spectrum is not None}
     if not known:
         return []
     counts = ", ".join(f"{s.directions:.0f} at {name}" for name, s in known.items())
