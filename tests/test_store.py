@@ -30,12 +30,20 @@ def stored(tmp_path: Path) -> tuple[nn.Module, Path]:
     return model, tmp_path / "s"
 
 
-def reopen(model: nn.Module, save_dir: Path, n: int = 300, half: bool = True, **options) -> TRAKer:
+def reopen(
+    model: nn.Module,
+    save_dir: Path,
+    n: int = 300,
+    half: bool = True,
+    load_from_save_dir: bool = True,
+    **options,
+) -> TRAKer:
     return TRAKer(
         model,
         "image_classification",
         n,
         str(save_dir),
+        load_from_save_dir,
         device="cpu",
         use_half_precision=half,
         logging_level=logging.ERROR,
@@ -331,6 +339,22 @@ def test_what_storage_cannot_hold_is_refused(
         with pytest.raises(ValueError, match=rf"rows \[2\] .* {name}.mmap are {words}"):
             traker.saver.current_store[name][10:14] = rows
         assert not np.load(tmp_path / "0" / f"{name}.mmap", mmap_mode="r").any()
+
+
+def test_scores_of_no_finalized_checkpoint_are_refused(tmp_path: Path) -> None:
+    model = mlp()
+    traker = reopen(model, tmp_path, half=False, load_from_save_dir=False)
+    traker.load_checkpoint(model.state_dict(), 0)
+    images, labels = digits()
+    traker.featurize((images[:300], labels[:300]), num_samples=300)
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, num_targets=20)
+    traker.score((images[-20:], labels[-20:]), num_samples=20)
+    with pytest.raises(ValueError, match="call finalize_features before finalize_scores"):
+        traker.finalize_scores("test")
+    traker.finalize_features()
+    scores = np.array(traker.finalize_scores("test"))
+    assert np.isfinite(scores).all()
+    assert np.array_equal(reopen(model, tmp_path, half=False).finalize_scores("test"), scores)
 
 
 def test_incomplete_checkpoints_are_named(stored: tuple[nn.Module, Path]) -> None:

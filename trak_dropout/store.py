@@ -187,10 +187,10 @@ class ManifestSaver(MmapSaver):
         self.manifest = _claim(root, self.settings)
         self._projector = projector
         _share_statistics(root, self.manifest, projector)
-        if load_from_save_dir:  # TRAK would write them, but not whole or not at all
-            for name, content in (("metadata.json", metadata), (_EXPERIMENTS, {})):
-                if not _is_json(root / name):
-                    write_json(root / name, content)
+        # TRAK would write them, but not whole, or not at all without load_from_save_dir.
+        for name, content in (("metadata.json", metadata), (_EXPERIMENTS, {})):
+            if not _is_json(root / name):
+                write_json(root / name, content)
         self._scales = (
             StorageScales(
                 projector.grad_dim**0.5,
@@ -519,9 +519,14 @@ class _GuardedMemmap(np.memmap):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         file = Path(str(self.filename))
+        scores = file.parent.name == "scores"
+        if scores and np.isnan(value).all():  # a mean of none, as TRAK passes over the others
+            raise ValueError(
+                f"{file.name} would be NaN: none of these checkpoints is finalized; call "
+                "finalize_features before finalize_scores"
+            )
         # Scores of a sample that are tiny beside others are as good as zero.
-        may_vanish = file.parent.name == "scores"
-        super().__setitem__(key, storable(value, self.dtype, file.name, may_vanish))
+        super().__setitem__(key, storable(value, self.dtype, file.name, may_vanish=scores))
 
 
 def storable(value: Any, dtype: np.dtype[Any], name: str, may_vanish: bool = False) -> NDArray[Any]:
