@@ -1,14 +1,20 @@
 """Scores of new targets from a store that the callback wrote."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cases import loader, target_set
 from test_lightning import fit
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from trak import TRAKer
+from transformers import BatchEncoding
 
 from trak_dropout import plugin
+from trak_dropout.attribution import to_device
 from trak_dropout.gradients import BatchError
 
 
@@ -45,3 +51,13 @@ def test_traker_scores_the_targets_that_were_added(tmp_path: Path) -> None:
     images, labels = next(iter(targets))
     with pytest.raises(BatchError, match="no targets in its batches"):
         store.add_targets("none", [(images[:0], labels[:0])], progress=False)
+
+
+def test_batches_of_all_kinds_move_to_the_device() -> None:
+    tensor, device = torch.ones(2), torch.device("meta")
+    encoded = BatchEncoding({"ids": tensor})
+    for batch in (tensor, [tensor, "a"], (tensor,), {"ids": tensor, "more": [tensor]}, encoded):
+        moved = to_device(nn.Linear(1, 1), batch, device)
+        assert type(moved) is type(batch)
+        leaves = tree_leaves(dict(moved) if isinstance(moved, Mapping) else moved)
+        assert {leaf.device for leaf in leaves if isinstance(leaf, Tensor)} == {device}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import (
     DataLoader,
     RandomSampler,
@@ -441,9 +442,9 @@ def to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
         batch = module._apply_batch_transfer_handler(batch, device)
         trainer = module._trainer
         return batch if trainer is None else trainer.precision_plugin.convert_input(batch)
-    if isinstance(batch, list | tuple):
-        return [part.to(device) if isinstance(part, Tensor) else part for part in batch]
-    return batch
+    if callable(getattr(batch, "to", None)):  # a tensor, or what Hugging Face's tokenizers return
+        return batch.to(device)
+    return tree_map(lambda part: part.to(device) if isinstance(part, Tensor) else part, batch)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
