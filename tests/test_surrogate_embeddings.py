@@ -44,7 +44,7 @@ def test_batches_of_any_kind() -> None:
             self.words, self.head = nn.Embedding(9, 5), nn.Linear(5, 2)
 
         def forward(self, words: Any, scale: float = 1.0) -> Any:
-            return self.head(scale * self.words(words))
+            return self.head(input=scale * self.words(words))
 
     model, words = Sequence(), torch.randint(0, 9, (7, 4))
     expected = model.words(words).mean(1).detach().numpy()

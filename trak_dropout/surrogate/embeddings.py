@@ -51,12 +51,12 @@ def penultimate_embeddings(
         raise ValueError(f"layer={layer!r} is no module of the model; it has {list(modules)[1:]}")
     seen: list[Tensor] = []
 
-    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0].detach())
+    def keep(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(next(iter((*inputs, *named.values()))).detach())
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     parts = []
-    handle = modules[layer].register_forward_pre_hook(keep)
+    handle = modules[layer].register_forward_pre_hook(keep, with_kwargs=True)
     try:
         # A DataLoader draws a seed whenever it is read.
         with preserved(model, weights=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
