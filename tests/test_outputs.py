@@ -8,7 +8,8 @@ from trak.gradient_computers import IterativeGradientComputer
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.utils import get_num_params
 
-from trak_dropout import DenseGradientComputer, LossOutput
+from trak_dropout import DenseGradientComputer, FactoredGradientComputer, LossOutput
+from trak_dropout.gradients import BatchError
 from trak_dropout.outputs import resolve_task, task_name
 
 
@@ -73,6 +74,18 @@ def test_bad_losses() -> None:
     per_class = LossOutput(lambda output, target: output)
     with pytest.raises(ValueError, match="one value for one sample"):
         DenseGradientComputer(convnet().eval(), per_class).compute_per_sample_grad(batch())
+
+
+def test_models_that_return_more_than_a_tensor_are_told_to_be_wrapped() -> None:
+    class Named(nn.Linear):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": super().forward(x)}
+
+    data = torch.randn(4, 3), torch.randint(2, (4,))
+    for kind in (DenseGradientComputer, FactoredGradientComputer):
+        computer = kind(Named(3, 2), LossOutput(nn.functional.cross_entropy))
+        with pytest.raises(BatchError, match="returned a dict, LossOutput takes a tensor; wrap"):
+            computer.compute_per_sample_grad(data)
 
 
 def test_tasks_by_name() -> None:

@@ -43,8 +43,8 @@ class LossOutput(_MinusLoss):
     factor ``n`` between ``F`` and the Gram matrix), as in arXiv 2509.15651.
 
     A batch is ``(*inputs, target)``: the model is called on the inputs, and ``loss_fn`` on its
-    output and the target, one sample at a time with a leading dimension of one. A mean or a sum
-    over samples is therefore the sample's own loss. (A class weight together with
+    output, a tensor, and the target, one sample at a time with a leading dimension of one. A mean
+    or a sum over samples is therefore the sample's own loss. (A class weight together with
     ``reduction="mean"`` cancels for a single sample; use ``reduction="sum"``.)
 
     Works with gradient computers that pass weights (functional) and with those that pass None
@@ -91,12 +91,12 @@ class LossOutput(_MinusLoss):
         """
         *inputs, target = batch
         if weights is None:
-            outputs = model(*inputs)
+            outputs = _tensor(model(*inputs))
             return torch.func.vmap(self._single)(outputs, target)
         output = torch.func.functional_call(
             model, (weights, buffers or {}), tuple(part.unsqueeze(0) for part in inputs)
         )
-        return self._single(output.squeeze(0), target)
+        return self._single(_tensor(output).squeeze(0), target)
 
     def get_batch_output(
         self,
@@ -118,7 +118,7 @@ class LossOutput(_MinusLoss):
         """
         *inputs, target = batch
         outputs = torch.func.functional_call(model, (weights, buffers or {}), tuple(inputs))
-        return torch.func.vmap(self._single)(outputs, target)
+        return torch.func.vmap(self._single)(_tensor(outputs), target)
 
     def _single(self, output: Tensor, target: Tensor) -> Tensor:
         loss = self.loss_fn(output.unsqueeze(0), target.unsqueeze(0))
@@ -128,6 +128,15 @@ class LossOutput(_MinusLoss):
                 "use a loss with reduction='mean' or 'sum'"
             )
         return -loss.reshape(())
+
+
+def _tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    raise TypeError(
+        f"the model returned a {type(output).__name__}, LossOutput takes a tensor; wrap the model "
+        "in a module that returns what loss_fn is to see"
+    )
 
 
 class CausalLMOutput(_MinusLoss):
