@@ -29,7 +29,7 @@ from trak_dropout.report import Example, Examples, Table, write
 from trak_dropout.report.analysis import checkpoints as look_at
 from trak_dropout.report.examples import clipped, pixels, shown
 from trak_dropout.report.pictures import COLUMNS, Sheets
-from trak_dropout.store import Store
+from trak_dropout.store import IncompleteStoreError, Store
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -363,6 +363,9 @@ def test_damaged_experiments_are_named(
     assert f"{copied}/experiments.json is damaged" in capsys.readouterr().err
     assert main(["score", str(copied), "--experiment", "other"]) == 1
     assert f"{copied}/experiments.json is damaged" in capsys.readouterr().err
+    if not damaged.startswith("{"):
+        with pytest.raises(IncompleteStoreError, match=r"experiments\.json is damaged"):
+            Store(copied).write_targets(0, "other", np.ones((2, 64), np.float32))
 
 
 def test_checkpoints_of_one_step_are_told_apart(store: AttributionStore, tmp_path: Path) -> None:

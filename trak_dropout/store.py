@@ -754,6 +754,7 @@ class Store(FeatureFiles):
             values: ``(n_targets, proj_dim)``.
 
         Raises:
+            IncompleteStoreError: the file that names experiments is damaged.
             ValueError: a row is NaN, infinite, or vanishes in the store's type.
         """
         path = _targets_file(self.save_dir, model_id, exp_name)
@@ -762,7 +763,7 @@ class Store(FeatureFiles):
             np.lib.format.write_array(file, stored, allow_pickle=False)
         known = self.save_dir / _EXPERIMENTS
         with locked(self.save_dir / _EXPERIMENTS_LOCK):
-            experiments = json.loads(known.read_text()) if known.is_file() else {}
+            experiments = read_object(known) if known.is_file() else {}
             experiments[exp_name] = {
                 "num_targets": len(values),
                 "scores_path": str(_scores_file(self.save_dir, exp_name)),
