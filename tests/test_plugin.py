@@ -178,6 +178,22 @@ def test_four_plugs(tmp_path: Path, half: bool, grad_wrt: list[str] | None) -> N
     assert ("grad_wrt" in plugs) == (grad_wrt is not None)
 
 
+def test_frozen_parameters_count_unless_others_are_named() -> None:
+    """As with TRAK's own computers, and as docs/start.md says."""
+    model = mlp()
+    every = sum(parameter.numel() for parameter in model.parameters())
+    model[1].requires_grad_(False)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    counted = sum(model.get_parameter(name).numel() for name in trained)
+    assert counted < every
+    for names, expected in ((None, every), (trained, counted)):
+        assert plugin(model, 8, grad_wrt=names)["projector"].grad_dim == expected
+    page = (Path(__file__).parents[1] / "docs/start.md").read_text()
+    (row,) = [line for line in page.splitlines() if "should not count" in line]
+    assert "grad_wrt=[names]" in row
+    assert "requires_grad_" not in row
+
+
 def test_float16_scores_follow_float32_scores(tmp_path: Path) -> None:
     model = mlp()
     states = checkpoints(model, 1)

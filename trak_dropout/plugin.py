@@ -37,7 +37,8 @@ def plugin(
         seed: seed of the masks.
         proj_type: the scheme, as for `DropoutProjector`.
         device: where compressed gradients are made; give TRAKer the same.
-        grad_wrt: names of the parameters to take gradients of; passed on to TRAKer.
+        grad_wrt: names of the parameters to take gradients of, all when None, frozen ones too;
+            passed on to TRAKer.
         damping: relative damping of the scores, as for `DampedScoreComputer`.
         fold: coordinates summed into each column, as for `DropoutProjector`.
 

@@ -99,7 +99,8 @@ class GradientCollector(pl.Callback):
         fold: coordinates summed into each column, as for `DropoutProjector`; its default when
             None, and 1 in mode ``"training"``, where more would slow down every step.
         grad_wrt: names of the parameters to take gradients of, or patterns such as
-            ``"encoder.*.weight"``; all when None.
+            ``"encoder.*.weight"``; all when None, frozen ones too, but in mode ``"training"`` those
+            that are trained.
         when: one or several of ``"epoch"``, at the end of every ``every_n_epochs``-th epoch, before
             the module's own ``on_train_epoch_end``; ``"step"``, after every
             ``every_n_train_steps``-th optimizer step; ``"train_end"``; and ``"checkpoint"``,
