@@ -676,6 +676,44 @@ def test_batches_may_be_of_any_length(tmp_path: Path, flat: bool) -> None:
         np.testing.assert_allclose(store.grads(0)[index], row.numpy(), rtol=1e-4, atol=1e-6)
 
 
+class Placed(nn.Module):
+    """Rows of an image with their positions, which pass several layers before they meet a batch."""
+
+    def __init__(self, room: bool) -> None:
+        super().__init__()
+        self.rows, self.places = nn.Linear(8, 6), nn.Embedding(8, 6)
+        self.norm, self.mix, self.head = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 10)
+        self.room = room
+
+    def forward(self, images: Tensor) -> Tensor:
+        places = torch.arange(8).unsqueeze(0) if self.room else torch.arange(8)
+        x = self.rows(images[:, 0]) + self.mix(torch.relu(self.norm(self.places(places))))
+        return self.head(torch.tanh(x).mean(1))
+
+
+@pytest.mark.parametrize("room", [False, True])
+def test_layers_without_a_batch_under_several_collectors(tmp_path: Path, room: bool) -> None:
+    """Each of them gives such a layer's output a batch, and the next layer is given it."""
+    plain, watcher = fit(lambda: Placed(room), [], max_epochs=1), Watcher()
+    collectors = [collector(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    module = fit(lambda: Placed(room), [watcher, *collectors], max_epochs=1)
+    for before, after in zip(plain.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(after, before)  # sums over samples run in another order
+    model = Placed(room).double()
+    for one in collectors:
+        projector, visits = one.store.projector(), td.block_visits(one.store, 0)
+        for index, batch in zip(visits.index, visits.batch, strict=True):
+            weights = watcher.weights[batch - 1]
+            model.load_state_dict({n.removeprefix("net."): w for n, w in weights.items()})
+            image, label = dataset()[int(index)]
+            loss = nn.functional.cross_entropy(model(image[None].double()), label[None])
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            named = zip((f"net.{n}" for n, _ in model.named_parameters()), grads, strict=True)
+            row = projector.project({n: g.unsqueeze(0) for n, g in named}, 0)[0]
+            row /= -math.sqrt(projector.grad_dim)
+            np.testing.assert_allclose(one.store.grads(0)[index], row, rtol=1e-3, atol=1e-5)
+
+
 def longest_first(samples: list[tuple[Tensor, int]]) -> list[Tensor]:
     """As for `nn.utils.rnn.pack_padded_sequence`."""
     return padded(sorted(samples, key=lambda sample: -len(sample[0])))

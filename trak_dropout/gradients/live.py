@@ -48,19 +48,41 @@ class NoRuleError(FactorError):
 
 
 @dataclass(frozen=True)
+class Bare:
+    """A tensor without a batch, unless this one or another `LiveGradients` has given it one.
+
+    Args:
+        ndim: number of its dimensions.
+        room: the first dimension of one, which a batch can take; None where there is none, so that
+            it goes in front.
+    """
+
+    ndim: int
+    room: int | None
+
+    def place(self, value: Tensor) -> Place:
+        """Return the batch that such a tensor has been given, by a layer before or by others."""
+        given = value.ndim > self.ndim if self.room is None else value.shape[self.room] > 1
+        return (self.room or 0, 1) if given else None
+
+    def expanded(self, value: Tensor, samples: int) -> Tensor:
+        """Give such a tensor a batch."""
+        room = self.room or 0
+        value = value.unsqueeze(0) if self.room is None else value
+        return value.expand(*value.shape[:room], samples, *value.shape[room + 1 :])
+
+
+@dataclass(frozen=True)
 class CallLayout:
     """Where a call of a layer has its samples.
 
     Args:
         output: the batch in what it returns.
         inputs: the batch in each tensor that it is given.
-        room: in an output without a batch, the first dimension of one, which a batch can take;
-            None where there is none, so that it goes in front.
     """
 
-    output: Place
-    inputs: tuple[Place, ...]
-    room: int | None = None
+    output: tuple[int, int] | Bare
+    inputs: tuple[tuple[int, int] | Bare, ...]
 
 
 Layouts = Mapping[str, Sequence[CallLayout]]
@@ -158,9 +180,11 @@ def find_layouts(
         raise FactorError("the model calls other layers for two samples than for three")
     found: dict[str, list[CallLayout]] = {}
     for (name, first), (_, second) in zip(two, three, strict=True):
-        output, *inputs = (place_of(a, b) for a, b in zip(first, second, strict=True))
-        room = first[0].index(1) if output is None and 1 in first[0] else None
-        found.setdefault(name, []).append(CallLayout(output, tuple(inputs), room))
+        output, *inputs = (
+            place_of(a, b) or Bare(len(a), a.index(1) if 1 in a else None)
+            for a, b in zip(first, second, strict=True)
+        )
+        found.setdefault(name, []).append(CallLayout(output, tuple(inputs)))
     return found
 
 
@@ -232,7 +256,8 @@ class LiveGradients:
     what the sample does to the others' losses, too.
 
     Values, gradients and random states of the model are left as they are, to the bit. Layers that
-    work on no batch, such as position embeddings, have their output expanded to one. Modules that
+    work on no batch, such as position embeddings, have their output expanded to one (where one
+    follows another, gradients are added up over samples in another order). Modules that
     are called several times, shared weights and activation checkpoints are counted in full; an
     activation checkpoint saves less memory, because the inputs of layers are held.
 
@@ -407,14 +432,13 @@ class LiveGradients:
         if step is None:
             return None
         layout = self._layout(step, site, given, output)
-        place, result = layout.output, output
-        if place is None:  # a batch dimension, so that each sample has its gradient
-            room = layout.room or 0
-            place = room, 1
-            result = result.unsqueeze(0) if layout.room is None else result
-            result = result.expand(*result.shape[:room], step.samples, *result.shape[room + 1 :])
+        place = _place(layout.output, output)
+        if isinstance(layout.output, Bare) and place is None:
+            # A batch dimension, so that each sample has its gradient.
+            result = layout.output.expanded(output, step.samples)
+            place = layout.output.room or 0, 1
         else:
-            result = no_view(site.module, result)
+            result = no_view(site.module, output)
         held = [value.detach() for value in given]
         versions = [value._version for value in held]
 
@@ -428,7 +452,7 @@ class LiveGradients:
                     "inplace=False there, or leave them out of grad_wrt"
                 )
             inputs = [
-                _to_front(value, at, step.samples)
+                _to_front(value, _place(at, value), step.samples)
                 for value, at in zip(held, layout.inputs, strict=True)
             ]
             held.clear()  # this hook lives as long as the graph
@@ -515,6 +539,11 @@ class LiveGradients:
                 )
 
 
+def _place(found: tuple[int, int] | Bare, value: Tensor) -> Place:
+    """The batch in a tensor."""
+    return found.place(value) if isinstance(found, Bare) else found
+
+
 def _to_front(value: Tensor, place: Place, samples: int) -> Tensor:
     """As `to_front`, where samples may be longer or shorter than in another batch."""
     if place is not None and place[1] > 1 and value.ndim > place[0]:
@@ -529,7 +558,7 @@ def _least(*dtypes: torch.dtype) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _leading(site: Site, value: Tensor, samples: int) -> Place:
+def _leading(site: Site, value: Tensor, samples: int) -> tuple[int, int]:
     """The first dimension as the batch, where nothing speaks against it."""
     shape = tuple(value.shape)
     sequence_first = len(shape) > 2 and shape[1] == samples != shape[0]
@@ -581,7 +610,7 @@ def check_order(
         layout = layouts[name][number[name]]
         number[name] += 1
         for one, other, place in zip(first, second, layout.inputs, strict=True):
-            if place is None or place[1] == 1 or one.shape != other.shape:
+            if isinstance(place, Bare) or place[1] == 1 or one.shape != other.shape:
                 continue
             differ = (one != other).movedim(place[0], 0).flatten(1).any(1)
             where = torch.nonzero(differ).flatten()
