@@ -14,7 +14,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from cases import Classifier, digits, train_set, trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from pytorch_lightning.callbacks import (
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_lightning_hostile import file_limit
@@ -207,6 +211,27 @@ def test_samples_that_come_again_keep_all_their_rows(tmp_path: Path) -> None:
     visits = td.block_visits(td.open_store(tmp_path), 1)
     assert len(visits) == 2 * N
     assert (visits.place >= 0).sum() == 2 * N - len(np.unique(visits.index))
+
+
+def test_an_epoch_without_a_step_is_no_block(tmp_path: Path) -> None:
+    """After averaging weights, Lightning passes over the data once more for batch statistics."""
+    averaging = StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    one = collector(tmp_path)
+    fit(restless_net, [averaging, one], max_epochs=2)
+    assert one.model_ids == [0, 1]
+    assert not (tmp_path / "2").exists()
+    images, labels = digits()
+    one.store.add_targets("few", DataLoader(TensorDataset(images[:4], labels[:4])), progress=False)
+    assert td.top_influences(one.store, "few", 3)[0].shape == (4, 3)
+
+    class Pausing(Stepper):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return None if self.current_epoch == 1 else super().training_step(batch, batch_idx)
+
+    another = collector(tmp_path / "pausing")
+    trainer(max_epochs=3, callbacks=[another]).fit(Pausing(net()), DataLoader(dataset(), 16))
+    assert [another.store.describe(m)["epoch"] for m in another.model_ids] == [0, 2]
+    assert td.open_store(tmp_path / "pausing").grads(another.model_ids[1]).any(1).all()
 
 
 def weights_and_chance(module: nn.Module) -> list[Tensor]:

@@ -324,7 +324,7 @@ class TrainingRows:
             assert self._saver is not None
             known = self._saver.manifest["model_ids"]
             ids = [int(m) for m, facts in known.items() if facts.get("epoch") == epoch]
-            model_id = ids[-1] if ids else max([-1, *map(int, known)]) + 1
+            model_id = ids[-1] if ids else max([-1, *map(int, known), *self._saver.dropped]) + 1
             earlier, again = set_aside(self._root / str(model_id), self._processes.count)
             if not again:
                 with _room(self._root / str(model_id)):
@@ -419,6 +419,9 @@ class TrainingRows:
             assert saver is not None
             directory = self._root / str(block.model_id)
             visits = merge(directory, self._processes.count)
+            if not len(visits) and block.earlier is None:  # such as a pass for batch statistics
+                saver.forget(block.model_id)
+                return
             stored = np.zeros(self._size, bool)
             stored[visits.index[visits.place != NOT_STORED]] = True
             saver.load_current_store(block.model_id)
