@@ -494,6 +494,41 @@ def test_precisions(tmp_path: Path, precision: str) -> None:
     assert np.isfinite(collector.attribute(loader(target_set()), progress=False)).all()
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("part", [None, "net"])
+def test_a_forward_creates_tensors_of_the_precision(
+    tmp_path: Path, precision: str, part: str | None
+) -> None:
+    class Starts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step, self.out = nn.Linear(16, 8), nn.Linear(8, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            state = torch.zeros(len(images), 8)
+            for row in images[:, 0].unbind(1):
+                state = torch.tanh(self.step(torch.cat((row, torch.tanh(state)), 1)))
+            return self.out(state)
+
+    loss = nn.CrossEntropyLoss()
+    options = {"precision": precision, "model": part, "task": LossOutput(loss)}
+    collector, module, _ = fit(tmp_path, Classifier(Starts()), max_epochs=1, **options)
+    assert np.isfinite(collector.attribute(loader(target_set()), progress=False)).all()
+    assert torch.get_default_dtype() == torch.float32
+    images, labels = train_set(4)[:]
+    projector, dtype = collector.store.projector(), next(module.parameters()).dtype
+    torch.set_default_dtype(dtype)
+    try:
+        losses = [-loss(module(images[i : i + 1].to(dtype)), labels[i : i + 1]) for i in range(4)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    grads = [torch.autograd.grad(value, list(module.parameters())) for value in losses]
+    matrix = torch.stack([torch.cat([part.flatten() for part in each]) for each in grads])
+    expected = projector.project(matrix, 0) / projector.grad_dim**0.5
+    error = np.abs(collector.store.grads(0)[:4] - expected.numpy()).max()
+    assert error <= (1e-6 if precision == "64-true" else 0.05) * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("each", [False, True])
 def test_weighted_dropout_keeps_its_statistics(tmp_path: Path, each: bool) -> None:
     collector, module, _ = fit(

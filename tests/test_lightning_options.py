@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from torch.utils.data import (
 
 from trak_dropout import BatchError, LossOutput, open_store, top_influences
 from trak_dropout.attribution import Featurizer
+from trak_dropout.collation import Reorders
 from trak_dropout.lightning import GradientCollector
 from trak_dropout.lightning import rows as rows_of_a_store
-from trak_dropout.lightning.collation import Reorders
 from trak_dropout.lightning.rows import RowWriter
 from trak_dropout.store import Store
 
@@ -504,8 +505,12 @@ def test_a_submodule(tmp_path: Path) -> None:
     assert collector.store.settings.parameters[0][0] == "0.weight"
     scores = collector.attribute(loader(target_set()), progress=False)
     np.testing.assert_array_equal(scores, whole.attribute(loader(target_set()), progress=False))
-    again = open_store(tmp_path / "a", module.net)
-    np.testing.assert_array_equal(again.attribute(loader(target_set()), progress=False), scores)
+    for given in (module.net, module):
+        again = open_store(tmp_path / "a", given)
+        np.testing.assert_array_equal(again.attribute(loader(target_set()), progress=False), scores)
+    elsewhere = GradientCollector(tmp_path / "a", proj_dim=48, model="net")  # as after ddp_spawn
+    again = elsewhere.attribute(loader(target_set()), module, progress=False)
+    np.testing.assert_array_equal(again, scores)
     with pytest.raises(MisconfigurationException, match="Classifier has net"):
         fit(tmp_path / "c", model="encoder")
 
@@ -532,6 +537,9 @@ def test_the_modules_own_loss(tmp_path: Path) -> None:
     assert collector.store.settings.task == "LossOutput(CrossEntropyLoss())"
     scores = collector.attribute(loader(target_set()), progress=False)
     assert scores.shape == (300, 20)
+    elsewhere = GradientCollector(tmp_path / "a", proj_dim=48, task="loss")  # as after ddp_spawn
+    again = elsewhere.attribute(loader(target_set()), collector._module, progress=False)
+    np.testing.assert_array_equal(again, scores)
     with pytest.raises(MisconfigurationException, match="has no loss function as attribute"):
         fit(tmp_path / "c", net(), task="loss")
 
@@ -605,6 +613,62 @@ def test_targets_are_kept_with_each_checkpoint(tmp_path: Path) -> None:
     assert top_influences(by_name.store, "mine", 3)[0].shape == (20, 3)
     with pytest.raises(MisconfigurationException, match="needs a loader from the test_dataloader"):
         fit(tmp_path / "c", targets="test")
+
+
+class Augments(Classifier):
+    """Inverts images while it trains, and those of each validation loader by its number."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        factor = -1 if self.trainer.training else 1 + dataloader_idx
+        return [factor * batch[0], batch[1]]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        pass
+
+
+@pytest.mark.parametrize("part", [None, "net"])
+def test_hooks_know_targets_from_training_data(tmp_path: Path, part: str | None) -> None:
+    class Two(Augments):
+        def val_dataloader(self) -> Any:
+            return {"near": loader(target_set(12)), "far": loader(target_set(7))}
+
+    collector, module, runner = fit(
+        tmp_path / "a", net(Two), max_epochs=1, targets=["val"], model=part
+    )
+    store = collector.store
+    store.add_targets("again", loader(target_set(12)), progress=False)
+    images, labels = target_set(7).tensors
+    plain = open_store(tmp_path / "a", module.net if part else net())
+    plain.add_targets("far", [(2 * images, labels)], module.net if part else None, progress=False)
+    for found, expected in (("val_near", "again"), ("val_far", "far")):
+        rows = [np.load(tmp_path / f"a/0/{name}_grads.mmap") for name in (found, expected)]
+        np.testing.assert_allclose(*rows, rtol=1e-3, atol=1e-5)
+    assert not runner.validating
+
+
+@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}])
+def test_validation_data_that_were_not_read_yet(tmp_path: Path, options: dict[str, Any]) -> None:
+    collector = GradientCollector(tmp_path, proj_dim=48, targets="val")
+    runner = trainer(callbacks=[collector], num_sanity_val_steps=0, **options)
+    runner.fit(net(), loader(train_set()), loader(target_set()))
+    assert [top_influences(collector.store, "val", 3, model_ids=[m])[0].shape for m in (0, 1)] == [
+        (20, 3)
+    ] * 2
+
+
+def test_targets_that_a_collation_reorders_are_refused(tmp_path: Path) -> None:
+    """In training before it begins, and afterwards."""
+    sorting = loader(target_set(), collate_fn=by_ink)
+    words = r"'mine', collate_fn \(by_ink\) reorders samples"
+    with pytest.raises(MisconfigurationException, match=words):
+        fit(tmp_path / "s", net(), targets={"mine": sorting})
+    assert not (tmp_path / "s").exists()
+    collector, _, _ = fit(tmp_path / "s", net(), max_epochs=1)
+    for score in (collector.attribute, partial(collector.store.add_targets, "mine")):
+        with pytest.raises(ValueError, match=r"collate_fn \(by_ink\) reorders samples"):
+            score(sorting, progress=False)
+    scores = collector.attribute(loader(target_set(), collate_fn=noisy), progress=False)
+    assert scores.shape == (300, 20)
 
 
 def test_metrics_are_logged(tmp_path: Path) -> None:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pytorch_lightning.utilities.seed import isolate_rng
+import numpy as np
+import torch
 
 
 @contextmanager
 def random_states_kept(cuda: bool = True) -> Iterator[None]:
     """Leave the random states of Python, NumPy and torch as they were found.
 
-    Lightning's ``isolate_rng`` does not where the block raises.
-
     Args:
         cuda: also those of CUDA, which a forked process cannot use.
     """
-    failure: BaseException | None = None
-    with isolate_rng(include_cuda=cuda):
-        try:
+    devices = range(torch.cuda.device_count()) if cuda else ()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices):
             yield
-        except BaseException as error:  # raised again below
-            failure = error
-    if failure is not None:
-        raise failure
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils.data import (
 from tqdm import tqdm
 from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
 
+from trak_dropout.collation import check_loader
 from trak_dropout.curvature import check_curvature, row_factors
 from trak_dropout.gradients import BatchError, FactoredGradientComputer
 from trak_dropout.outputs import resolve_task, task_name
@@ -124,8 +125,8 @@ class AttributionStore(Store):
 
     Args:
         save_dir: the directory that the Lightning callback wrote.
-        model: a model of the architecture that was trained; needed to attribute targets, not
-            for self-influence.
+        model: a model of the architecture that was trained, whose submodule is found where
+            gradients were collected of one; needed to attribute targets, not for self-influence.
         task: the model output function; needed when the store does not hold the name of one of
             TRAK's own.
     """
@@ -173,6 +174,7 @@ class AttributionStore(Store):
         Raises:
             BatchError: the task cannot take the targets, or there are none.
             IncompleteStoreError: a checkpoint has not been collected completely.
+            ReorderingError: the loader's ``collate_fn`` puts targets in an order of its own.
             StoreMismatchError: the model's parameters are not those in the store.
             ValueError: no model or task is known, or ``curvature`` is unknown.
         """
@@ -259,9 +261,10 @@ class AttributionStore(Store):
         progress: bool,
     ) -> Iterator[tuple[int, Tensor]]:
         """Compressed gradients of targets at each checkpoint, ``(n_targets, proj_dim)``."""
-        model = self._model if model is None else model
-        if model is None:
+        owner = self._model if model is None else model
+        if owner is None:
             raise ValueError("model is needed to compute the targets' gradients; none was given")
+        model = self._part_of(owner)
         task = resolve_task(self._resolved_task())
         device = next(model.parameters()).device
         projector = self.projector(device)
@@ -279,7 +282,9 @@ class AttributionStore(Store):
                 rows = []
                 for i, batch in enumerate(targets):
                     try:
-                        rows.append(featurizer.features(to_device(model, batch, device), model_id))
+                        given = to_device(owner, batch, device, loader=0)
+                        with own_precision(owner):
+                            rows.append(featurizer.features(given, model_id))
                     except NonFiniteGradientError as error:
                         raise NonFiniteGradientError(
                             f"targets, batch {i}: {error}", error.samples
@@ -289,6 +294,16 @@ class AttributionStore(Store):
                 if not len(features):
                     raise BatchError("loader: there are no targets in its batches")
                 yield model_id, features
+
+    def _part_of(self, model: nn.Module) -> nn.Module:
+        """The submodule that gradients were collected of, where it is the whole module's."""
+        name = self.manifest["run"].get("model")
+        if name is None or not _has_transfer_hooks(model):
+            return model
+        try:
+            return whole(model.get_submodule(name))
+        except AttributeError:  # it is that part itself
+            return model
 
     def self_influence(
         self,
@@ -365,6 +380,7 @@ def in_dataset_order(loader: Iterable[Any]) -> Iterable[Any]:
         Batches in data-set order where it is a ``DataLoader`` that shuffles, else the loader.
 
     Raises:
+        ReorderingError: its ``collate_fn`` puts samples in an order of its own.
         ValueError: it draws random samples, so that nobody could tell which came in which order.
     """
     if not isinstance(loader, DataLoader):
@@ -375,6 +391,7 @@ def in_dataset_order(loader: Iterable[Any]) -> Iterable[Any]:
             f"loader draws its samples with a {type(sampler).__name__}, so their order is unknown; "
             "give a loader over torch.utils.data.Subset(dataset, indices) without a sampler"
         )
+    check_loader(loader)
     return sequential_loader(loader) if isinstance(sampler, RandomSampler) else loader
 
 
@@ -422,7 +439,7 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
     return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
 
 
-def to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
+def to_device(model: nn.Module, batch: Any, device: torch.device, loader: int | None = None) -> Any:
     """Move a batch to a device, as Lightning would where the model is a LightningModule.
 
     That is through the transfer hooks of the module or of its Trainer's data module, and with the
@@ -432,19 +449,55 @@ def to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
         model: the model that will take the batch.
         batch: what a loader gave.
         device: where the model is.
+        loader: the number of a target loader; None for the training data. Hooks are given it, and
+            a Trainer that validates: many augment while it trains.
 
     Returns:
         The batch on the device.
     """
-    if hasattr(model, "_apply_batch_transfer_handler"):
+    if _has_transfer_hooks(model):
         module: Any = model
-        batch = module._on_before_batch_transfer(batch)
-        batch = module._apply_batch_transfer_handler(batch, device)
-        trainer = module._trainer
+        trainer, number = module._trainer, loader or 0
+        with nullcontext() if loader is None or trainer is None else _validating(trainer):
+            batch = module._on_before_batch_transfer(batch, number)
+            batch = module._apply_batch_transfer_handler(batch, device, number)
         return batch if trainer is None else trainer.precision_plugin.convert_input(batch)
     if callable(getattr(batch, "to", None)):  # a tensor, or what Hugging Face's tokenizers return
         return batch.to(device)
     return tree_map(lambda part: part.to(device) if isinstance(part, Tensor) else part, batch)
+
+
+def _has_transfer_hooks(model: nn.Module) -> bool:
+    """Whether a model is a LightningModule."""
+    return hasattr(model, "_apply_batch_transfer_handler")
+
+
+@contextmanager
+def _validating(trainer: Any) -> Iterator[None]:
+    """Have a Trainer say that it validates."""
+    before = trainer.state.stage
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
+
+
+def own_precision(model: nn.Module) -> AbstractContextManager[Any]:
+    """Let a model create tensors of the type that they have in training.
+
+    Under Lightning's ``"bf16-true"`` and ``"64-true"`` a forward finds another default type.
+
+    Args:
+        model: the model; nothing is changed unless it is a LightningModule that has a Trainer.
+    """
+    trainer: Any = getattr(model, "_trainer", None)
+    return nullcontext() if trainer is None else trainer.precision_plugin.tensor_init_context()
+
+
+def whole(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped, or the module itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from trak_dropout.lightning.calibration import take_over_statistics
 from trak_dropout.lightning.data import TrainingData
 from trak_dropout.lightning.processes import Processes
 from trak_dropout.lightning.rows import RowWriter, featurized, row_writer
+from trak_dropout.lightning.targets import TargetLoader
 from trak_dropout.projector import NonFiniteGradientError
 from trak_dropout.rowfile import IncompleteStoreError
 from trak_dropout.scaling import StorageScales
@@ -174,7 +175,7 @@ class Collection:
         model: nn.Module,
         data: TrainingData,
         facts: Mapping[str, Any],
-        targets: Mapping[str, Iterable[Any]],
+        targets: Mapping[str, TargetLoader],
         progress: Callable[[int], None],
     ) -> tuple[int, int]:
         """Store weights and compressed gradients at a checkpoint.
@@ -315,13 +316,11 @@ class Collection:
             self._saver.save_statistics()
 
     def _keep_targets(
-        self, module: pl.LightningModule, model_id: int, targets: Mapping[str, Iterable[Any]]
+        self, module: pl.LightningModule, model_id: int, targets: Mapping[str, TargetLoader]
     ) -> None:
-        for name, loader in targets.items():
-            rows = [
-                self._featurizer.features(to_device(module, batch, module.device), model_id).cpu()
-                for batch in loader
-            ]
+        for name, (number, loader) in targets.items():
+            given = (to_device(module, batch, module.device, number) for batch in loader)
+            rows = [self._featurizer.features(batch, model_id).cpu() for batch in given]
             if not rows:
                 raise BatchError(f"targets {name!r}: there are none in the loader")
             Store(self._root).write_targets(model_id, name, torch.cat(rows).numpy())

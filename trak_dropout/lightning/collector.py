@@ -30,7 +30,6 @@ from trak_dropout._safetensors import check_storable
 from trak_dropout.attribution import (
     AttributionStore,
     Featurizer,
-    in_dataset_order,
     load_weights,
     split_state,
     to_device,
@@ -49,7 +48,7 @@ from trak_dropout.lightning.subject import (
     submodule,
     submodule_weights,
 )
-from trak_dropout.lightning.targets import check_targets, target_loaders
+from trak_dropout.lightning.targets import check_target_order, check_targets, target_loaders
 from trak_dropout.lightning.training import TrainingRows
 from trak_dropout.lightning.undisturbed import differs, undisturbed
 from trak_dropout.masks import DEFAULT_FOLD, check_scheme
@@ -456,9 +455,7 @@ class GradientCollector(pl.Callback):
         Raises:
             FileNotFoundError: nothing has been collected yet.
         """
-        model = None if self._module is None else submodule(self._module, self.model)
-        task = self._output if self.task == OWN_LOSS else self.task
-        return AttributionStore(self.save_dir, model, task)
+        return self._store(self._module)
 
     @property
     def model_ids(self) -> list[int]:
@@ -489,13 +486,8 @@ class GradientCollector(pl.Callback):
         Returns:
             float32 ``(n_train, n_targets)``; see `AttributionStore.attribute`.
         """
-        module = self._module
-        if self.model is not None and module is not None:  # whose hooks prepare batches for it
-            batches = in_dataset_order(loader)
-            loader = [to_device(module, batch, module.device) for batch in batches]
-        return self.store.attribute(
+        return self._store(self._module if model is None else model).attribute(
             loader,
-            model,
             model_ids=model_ids,
             damping=damping,
             curvature=curvature,
@@ -523,6 +515,14 @@ class GradientCollector(pl.Callback):
         return self.store.self_influence(model_ids, damping, curvature=curvature)
 
     # --- inside ----------------------------------------------------------------------------
+
+    def _store(self, module: nn.Module | None) -> AttributionStore:
+        task = self.task
+        if task == OWN_LOSS:
+            if self._output is None and module is not None:  # another process has trained it
+                self._output = own_loss(module)
+            return AttributionStore(self.save_dir, module, self._output)
+        return AttributionStore(self.save_dir, module, task)
 
     def _open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Check data, model and store, try one batch, and claim the store."""
@@ -554,9 +554,9 @@ class GradientCollector(pl.Callback):
                 trial.out_to_loss(batch)
                 if self.batch_size is None:
                     self._at_once = data.comfortable(trial.bytes_per_sample(batch))
+                check_target_order(target_loaders(trainer, self.targets))
             weights, transient = split_state(model)
             check_storable(weights | transient)
-            target_loaders(trainer, self.targets)
         processes.same("the number of training samples", data.size)
         processes.same("batch_size", data.batch_size)
         if is_trial(trainer):

@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from trak_dropout.attribution import batch_size_of, inner_sampler, sequential_loader
-from trak_dropout.lightning.collation import TRIED, check_collation
+from trak_dropout.collation import TRIED, ReorderingError, check_collation
 
 # A larger batch costs less for each sample, until it no longer fits a processor's cache.
 _MOST_SAMPLES = 256
@@ -209,7 +209,10 @@ class TrainingData:
         """
         if not self.is_stream and self.batch_size > 1:
             some = [self._spaced(TRIED)]
-            check_collation(self.loader.collate_fn, lambda collate: self._loader(some, collate))
+            try:
+                check_collation(self.loader.collate_fn, lambda collate: self._loader(some, collate))
+            except ReorderingError as error:
+                raise MisconfigurationException(f"GradientCollector: {error}") from error
 
     def rows(self, number: int) -> range:
         """Return the rows of the store that a batch becomes."""

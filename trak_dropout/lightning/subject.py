@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 from torch import nn
 from trak.modelout_functions import AbstractModelOutput
 
+from trak_dropout.attribution import whole
 from trak_dropout.outputs import LossOutput
 
 OWN_LOSS = "loss"
@@ -39,7 +40,7 @@ def submodule(module: pl.LightningModule, name: str | None) -> nn.Module:
         raise MisconfigurationException(
             f"GradientCollector(model={name!r}): {error}; {type(module).__name__} has {children}"
         ) from error
-    return getattr(found, "_orig_mod", found)  # of a module that torch.compile wrapped
+    return whole(found)
 
 
 def submodule_weights(
@@ -90,7 +91,7 @@ def parameter_names(model: nn.Module, wanted: str | Sequence[str] | None) -> lis
     return [name for name in known if name in chosen]
 
 
-def own_loss(module: pl.LightningModule) -> AbstractModelOutput:
+def own_loss(module: nn.Module) -> AbstractModelOutput:
     """Build a model output of the loss function that a module has as an attribute.
 
     Args:

@@ -6,15 +6,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
 )
 from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSampler
 
 from trak_dropout.attribution import inner_sampler, sequential_loader
+from trak_dropout.collation import ReorderingError, check_loader
 
 SPLITS = ("val", "test", "predict")
 Targets = str | list[str] | Mapping[str, Any] | None
+TargetLoader = tuple[int, Iterable[Any]]
+"""The number that transfer hooks are given of a loader, and the loader."""
 
 
 def check_targets(targets: Targets) -> None:
@@ -39,7 +43,7 @@ def check_targets(targets: Targets) -> None:
             )
 
 
-def target_loaders(trainer: pl.Trainer, targets: Targets) -> dict[str, Iterable[Any]]:
+def target_loaders(trainer: pl.Trainer, targets: Targets) -> dict[str, TargetLoader]:
     """Return the loaders of targets, by the name of their experiment.
 
     Args:
@@ -51,16 +55,39 @@ def target_loaders(trainer: pl.Trainer, targets: Targets) -> dict[str, Iterable[
             nobody knows.
     """
     if isinstance(targets, Mapping):
-        found: dict[str, Any] = dict(targets)
-    else:
-        found = {}
-        for split in _names(targets):
-            loaders = _split_loaders(trainer, split)
-            if isinstance(loaders, list | tuple):
-                found |= {f"{split}_{i}": loader for i, loader in enumerate(loaders)}
-            else:
-                found[split] = loaders
-    return {name: _in_order(name, loader) for name, loader in found.items()}
+        return {name: (0, _in_order(name, loader)) for name, loader in targets.items()}
+    found: dict[str, TargetLoader] = {}
+    for split in _names(targets):
+        loaders = _split_loaders(trainer, split)
+        if isinstance(loaders, CombinedLoader):
+            loaders = loaders.iterables
+        if isinstance(loaders, list | tuple):
+            loaders = dict(enumerate(loaders))
+        if isinstance(loaders, Mapping):
+            named = {f"{split}_{key}": loader for key, loader in loaders.items()}
+            check_targets(named)
+        else:
+            named = {split: loaders}
+        found |= {name: (i, _in_order(name, named[name])) for i, name in enumerate(named)}
+    return found
+
+
+def check_target_order(targets: Mapping[str, TargetLoader]) -> None:
+    """Refuse targets whose collation puts them in an order of its own, if that can be told.
+
+    Args:
+        targets: from `target_loaders`.
+
+    Raises:
+        MisconfigurationException: scores would be those of other targets.
+    """
+    for name, (_, loader) in targets.items():
+        try:
+            check_loader(loader)
+        except ReorderingError as error:
+            raise MisconfigurationException(
+                f"GradientCollector: of the targets {name!r}, {error}"
+            ) from error
 
 
 def _names(targets: Any) -> list[str]:
@@ -68,8 +95,12 @@ def _names(targets: Any) -> list[str]:
 
 
 def _split_loaders(trainer: pl.Trainer, split: str) -> Any:
-    if split == "val" and trainer.val_dataloaders is not None:
-        return trainer.val_dataloaders
+    if split == "val":
+        if trainer.val_dataloaders is not None:
+            return trainer.val_dataloaders
+        given = trainer.fit_loop.epoch_loop.val_loop._data_source
+        if not given.is_module() and given.instance is not None:  # to fit(), and not read yet
+            return given.instance
     hook = f"{split}_dataloader"
     problem: Any = "there is none"
     for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):

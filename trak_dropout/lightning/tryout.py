@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from trak_dropout._random import random_states_kept
 from trak_dropout.attribution import to_device
+from trak_dropout.collation import ReorderingError, check_loader
 from trak_dropout.gradients import FactorError
 from trak_dropout.gradients.intake import Shares
 from trak_dropout.gradients.live import (
@@ -30,10 +29,8 @@ from trak_dropout.gradients.live import (
     check_samples,
     find_layouts,
 )
-from trak_dropout.lightning.collation import TRIED, check_collation
 from trak_dropout.lightning.subject import submodule
 
-_LOG = logging.getLogger(__name__)
 _SAMPLES = 3
 
 
@@ -162,20 +159,19 @@ def _read(loader: Any) -> dict[tuple[int, ...], Any]:
     """
     size = len(loader.dataset)
 
-    def read(indices: Iterable[int], collate: Callable[[Any], Any]) -> Iterable[Any]:
-        return read_groups(loader, [[index % size for index in indices]], collate)
+    def read(indices: Iterable[int]) -> Iterable[Any]:
+        group = [index % size for index in indices]
+        return read_groups(loader, [group], _Batches(loader.collate_fn))
 
     try:
-        check_collation(loader.collate_fn, partial(read, spaced(min(TRIED, size), size)))
-    except MisconfigurationException:
-        raise
-    except Exception as error:  # in samples that training may never read
-        _LOG.info("whether collate_fn keeps the order of samples could not be told: %s", error)
+        check_loader(loader)
+    except ReorderingError as error:
+        raise MisconfigurationException(f"GradientCollector: {error}") from error
     failure: Exception | None = None
     # From all over it, because neighbors are often of one class; but those may not be alike.
     for indices in (spaced(_SAMPLES, size), range(_SAMPLES)):
         try:
-            (found,) = read(indices, _Batches(loader.collate_fn))
+            (found,) = read(indices)
             return found
         except Exception as error:
             failure = failure or error

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trak_dropout._random import random_states_kept
-from trak_dropout.attribution import preserved
+from trak_dropout.attribution import own_precision, preserved
 from trak_dropout.lightning.data import set_random_states
 
 
@@ -33,6 +33,7 @@ def undisturbed(module: pl.LightningModule, seed: int, weights: bool = False) ->
         torch.enable_grad(),
         nullcontext() if stance is None else stance("force_eager"),
         preserved(module, weights),
+        own_precision(module),
     ):
         set_random_states(seed, 0)
         module.eval()

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from trak_dropout._checks import check_integer
-from trak_dropout.attribution import in_dataset_order, preserved, to_device
+from trak_dropout.attribution import in_dataset_order, own_precision, preserved, to_device
 
 
 def penultimate_embeddings(
@@ -63,7 +63,8 @@ def penultimate_embeddings(
             model.eval()
             for raw in in_dataset_order(loader):
                 seen.clear()
-                (forward or _call)(model, to_device(model, raw, device))
+                with own_precision(model):
+                    (forward or _call)(model, to_device(model, raw, device))
                 if len(seen) != 1:
                     raise ValueError(
                         f"layer={layer!r} ran {len(seen)} times in a forward pass, expected once; "

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
-    MisconfigurationException,
-)
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from trak_dropout._random import random_states_kept
 
+_LOG = logging.getLogger(__name__)
 TRIED = 16  # samples
+
+
+class ReorderingError(ValueError):
+    """A collation puts samples in an order of its own."""
 
 
 def check_collation(
@@ -30,16 +34,57 @@ def check_collation(
         read: reads `TRIED` samples, collated by what it is given.
 
     Raises:
-        MisconfigurationException: rows would be those of other samples.
+        ReorderingError: what is computed for a sample would be taken for another's.
     """
     if collate_fn is not default_collate and any(read(Reorders(collate_fn))):
         name = getattr(collate_fn, "__qualname__", type(collate_fn).__qualname__)
-        raise MisconfigurationException(
-            f"GradientCollector: collate_fn ({name}) reorders samples, so that their rows would be "
-            "those of others: samples given in reverse order do not come out in reverse order. "
+        raise ReorderingError(
+            f"collate_fn ({name}) reorders samples, so that what belongs to one would be taken for "
+            "another's: samples given in reverse order do not come out in reverse order. "
             "Sort within the model instead (enforce_sorted=False of pack_padded_sequence does), or "
             "give a loader whose collate_fn keeps their order"
         )
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse a loader whose collation puts samples in an order of its own, if that can be told.
+
+    A few samples of its data set are read for that; random states are as before.
+
+    Args:
+        loader: a ``DataLoader``; of anything else nothing can be told.
+
+    Raises:
+        ReorderingError: it does.
+    """
+    if (
+        not isinstance(loader, DataLoader)
+        or loader.batch_sampler is None
+        or loader.batch_size == 1
+        or isinstance(loader.dataset, IterableDataset)
+        or type(loader).__iter__ is not DataLoader.__iter__
+    ):
+        return
+
+    def read(collate: Callable[[Any], Any]) -> Iterable[bool]:
+        held = len(loader.dataset)  # type: ignore[arg-type]
+        some = np.linspace(0, held - 1, min(TRIED, held)).astype(int).tolist()
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=[some],
+            collate_fn=collate,
+            num_workers=min(1, loader.num_workers),
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+        )
+
+    try:
+        with random_states_kept():
+            check_collation(loader.collate_fn, read)
+    except ReorderingError:
+        raise
+    except Exception as error:  # in samples that nobody may ever read
+        _LOG.info("whether collate_fn keeps the order of samples could not be told: %s", error)
 
 
 class Reorders:
