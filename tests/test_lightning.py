@@ -529,6 +529,21 @@ def test_a_forward_creates_tensors_of_the_precision(
     assert error <= (1e-6 if precision == "64-true" else 0.05) * float(expected.abs().max())
 
 
+def test_scores_during_the_fit_do_not_change_it(tmp_path: Path) -> None:
+    class Looks(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            collector.attribute(loader(target_set()), progress=False)
+
+    weights = []
+    for callbacks in ([], [Looks()]):
+        collector = GradientCollector(tmp_path / str(len(callbacks)), proj_dim=48)
+        pl.seed_everything(0, verbose=False)
+        module = Classifier()
+        trainer(callbacks=[collector, *callbacks]).fit(module, loader(train_set(), shuffle=True))
+        weights.append(module.state_dict().values())
+    assert all(map(torch.equal, *weights))
+
+
 @pytest.mark.parametrize("each", [False, True])
 def test_weighted_dropout_keeps_its_statistics(tmp_path: Path, each: bool) -> None:
     collector, module, _ = fit(

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 import trak_dropout as td
 from trak_dropout.inspection import inspect_store
 from trak_dropout.lightning import GradientCollector
+from trak_dropout.lightning.blocks import rows_of
 from trak_dropout.lightning.order import RecordingBatchSampler
 from trak_dropout.visits import IN_PLACE, NOT_STORED
 
@@ -938,3 +939,27 @@ def test_two_processes(tmp_path: Path, strategy: str) -> None:
         optimizer.step()
         for group in optimizer.param_groups:
             group["lr"] *= 0.9
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_may_go_on_with_fewer_processes(tmp_path: Path, finished: bool) -> None:
+    options = {"strategy": "ddp_fork", "devices": 2}
+    fit(net, [collector(tmp_path / "whole")], **options)
+    checkpoint, path = tmp_path / "at.ckpt", tmp_path / "broken"
+    breaking = [Interrupt(checkpoint, 5, 8 if finished else 6), collector(path)]
+    with pytest.raises(Exception, match="BrokenOffError"):
+        fit(net, breaking, max_epochs=3, **options)
+    going_on = trainer(callbacks=[collector(path)], max_epochs=3)
+    going_on.fit(Stepper(net()), DataLoader(dataset(), 16), ckpt_path=checkpoint)
+    kept = []
+    for root in (tmp_path / "whole", path):
+        visits = td.block_visits(td.open_store(root), 1)
+        kept.append(visits[visits.batch <= 5])
+        assert len(visits) > 64 == len(kept[-1])
+    assert np.array_equal(kept[0].index, kept[1].index)
+    assert np.array_equal(kept[0].rank, kept[1].rank)
+    rows = [
+        rows_of(root / "1", v) for root, v in zip((tmp_path / "whole", path), kept, strict=True)
+    ]
+    np.testing.assert_array_equal(*rows)
+    assert not list(path.rglob("*.part"))

@@ -21,6 +21,7 @@ from torch.utils.data import (
 from tqdm import tqdm
 from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
 
+from trak_dropout._random import random_states_kept
 from trak_dropout.collation import check_loader
 from trak_dropout.curvature import check_curvature, row_factors
 from trak_dropout.gradients import BatchError, FactoredGradientComputer
@@ -157,7 +158,7 @@ class AttributionStore(Store):
             loader: batches of targets, as the task takes them. A shuffling ``DataLoader`` is
                 read in the order of its data set.
             model: a model of the architecture that was trained, where none was given before.
-                Its weights and mode are as before afterwards.
+                Its weights and mode are as before afterwards, and so are random states.
             model_ids: the checkpoints to average; all complete ones when None.
             damping: relative damping, as for `DampedScoreComputer`; several in a list share the
                 gradients and the Gram matrix.
@@ -270,7 +271,8 @@ class AttributionStore(Store):
         projector = self.projector(device)
         layout = projector.layout
         featurizer = Featurizer(model, task, projector, None if layout is None else layout.names)
-        targets = list(in_dataset_order(loader))
+        with random_states_kept():  # a loader draws a seed whenever it is read
+            targets = list(in_dataset_order(loader))
         if not targets:
             raise BatchError("loader: there are no targets in it")
         bar = tqdm(total=len(chosen) * len(targets), desc="Attributing", disable=not progress)

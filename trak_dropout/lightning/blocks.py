@@ -108,7 +108,34 @@ class BlockWriter:
         os.close(self._again)
 
 
-def merge(directory: Path, ranks: int) -> Visits:
+def keep_others(directory: Path, size: int, columns: int, ranks: int, last: int) -> None:
+    """Keep what processes wrote before that a resumed run does not have, for `merge`.
+
+    To be called in one process.
+
+    Args:
+        directory: the block's directory.
+        size: number of samples of the data set.
+        columns: of the rows.
+        ranks: number of processes now.
+        last: number of the last batch that the run keeps.
+    """
+    for rank in range(ranks, _ranks_in(directory)):
+        kept = Visits.load(directory / _visits_part(rank))
+        writer = BlockWriter(directory, size, columns, rank, kept[kept.batch <= last])
+        writer.sync()
+        writer.close()
+
+
+def _ranks_in(directory: Path) -> int:
+    """The number of processes whose visits a directory holds."""
+    found = itertools.takewhile(
+        lambda rank: (directory / _visits_part(rank)).is_file(), itertools.count()
+    )
+    return sum(1 for _ in found)
+
+
+def merge(directory: Path) -> Visits:
     """Bring the files of all processes together, into one block.
 
     Where several processes saw a sample, the row of the lowest one is in place; further ones are
@@ -116,11 +143,11 @@ def merge(directory: Path, ranks: int) -> Visits:
 
     Args:
         directory: the block's directory.
-        ranks: number of processes.
 
     Returns:
         All visits, in the order of appearance.
     """
+    ranks = _ranks_in(directory)
     parts = [Visits.load(directory / _visits_part(rank)) for rank in range(ranks)]
     target = np.load(_rows_file(directory, 0), mmap_mode="r+")
     seen = np.zeros(len(target), bool)
@@ -152,11 +179,8 @@ def merge(directory: Path, ranks: int) -> Visits:
     together = Visits.joined(parts)
     together = together[np.lexsort((together.rank, together.batch))]
     together.save(directory / VISITS)
-    for rank in range(ranks):
-        if rank:
-            _rows_file(directory, rank).unlink()
-        _repeats_part(directory, rank).unlink()
-        (directory / _visits_part(rank)).unlink()
+    for part in directory.glob("*.part"):
+        part.unlink()
     return together
 
 

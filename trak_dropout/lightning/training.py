@@ -27,7 +27,14 @@ from trak_dropout.attribution import split_state
 from trak_dropout.gradients import FactorError
 from trak_dropout.gradients.intake import Shares
 from trak_dropout.gradients.live import CallLayout, LiveGradients, NoRuleError, Reduction
-from trak_dropout.lightning.blocks import BlockWriter, goes_on, merge, rows_of, set_aside
+from trak_dropout.lightning.blocks import (
+    BlockWriter,
+    goes_on,
+    keep_others,
+    merge,
+    rows_of,
+    set_aside,
+)
 from trak_dropout.lightning.calibration import calibrate_by_steps, take_over_statistics
 from trak_dropout.lightning.order import Listener, Pass, check_loader, pass_in_use
 from trak_dropout.lightning.position import is_trial, position
@@ -332,6 +339,8 @@ class TrainingRows:
             else:
                 self._saver.load_current_store(model_id)
                 self._saver.current_model_id = model_id
+                directory, count = self._root / str(model_id), self._processes.count
+                keep_others(directory, self._size, columns, count, after)
             self._saver.describe(model_id, epoch=epoch, mode="training", finished=False)
             return model_id, None if earlier is None else str(earlier), again
 
@@ -351,7 +360,8 @@ class TrainingRows:
             )
             if earlier is not None and not again:
                 before = Visits.load(Path(earlier) / VISITS)
-                before = before[(before.rank == rank) & (before.batch <= after)]
+                mine = before.rank % self._processes.count == rank  # there may have been more
+                before = before[mine & (before.batch <= after)]
                 writer.add(before, rows_of(Path(earlier), before))
                 writer.sync()
             self._live.shares = self._projector.shares(model_id, module.device)
@@ -418,7 +428,7 @@ class TrainingRows:
             saver = self._saver
             assert saver is not None
             directory = self._root / str(block.model_id)
-            visits = merge(directory, self._processes.count)
+            visits = merge(directory)
             if not len(visits) and block.earlier is None:  # such as a pass for batch statistics
                 saver.forget(block.model_id)
                 return
