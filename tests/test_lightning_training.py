@@ -740,6 +740,29 @@ def test_layers_without_a_batch_under_several_collectors(tmp_path: Path, room: b
             np.testing.assert_allclose(one.store.grads(0)[index], row, rtol=1e-3, atol=1e-5)
 
 
+def test_collections_in_the_middle_of_a_step_are_apart(tmp_path: Path) -> None:
+    """A batch has begun and its forward has not; or a step that was skipped has begun last."""
+
+    class Skipping(Stepper):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return None if batch_idx == 4 else super().training_step(batch, batch_idx)
+
+    def run(path: Path, *others: Any) -> GradientCollector:
+        pl.seed_everything(1, verbose=False)
+        live = collector(path)
+        saver = ModelCheckpoint(path, every_n_train_steps=2, save_top_k=-1)
+        trainer(callbacks=[live, *others, saver], enable_checkpointing=True).fit(
+            Skipping(Placed(room=False)), DataLoader(dataset(), 16, shuffle=True)
+        )
+        return live
+
+    passing = GradientCollector(tmp_path / "passes", proj_dim=50, when=["epoch", "checkpoint"])
+    beside, alone = run(tmp_path / "beside", passing), run(tmp_path / "alone")
+    assert len(passing.model_ids) == 6
+    for model_id in (0, 1):
+        np.testing.assert_array_equal(beside.store.grads(model_id), alone.store.grads(model_id))
+
+
 def longest_first(samples: list[tuple[Tensor, int]]) -> list[Tensor]:
     """As for `nn.utils.rnn.pack_padded_sequence`."""
     return padded(sorted(samples, key=lambda sample: -len(sample[0])))

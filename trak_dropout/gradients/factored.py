@@ -26,6 +26,7 @@ from trak_dropout.gradients.factors import (
     Formed,
 )
 from trak_dropout.gradients.intake import Intake, Shares
+from trak_dropout.gradients.live import run_aside
 from trak_dropout.gradients.rules import rule_of
 from trak_dropout.gradients.taps import (
     FactorError,
@@ -952,7 +953,8 @@ def _for_gradients(model: nn.Module, wanted: Iterable[str] = ()) -> Iterator[Non
     # Where no weight requires a gradient, attention layers take a path that has none.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with run_aside():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for weight in changed:
