@@ -656,6 +656,20 @@ def test_validation_data_that_were_not_read_yet(tmp_path: Path, options: dict[st
     ] * 2
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([target_set().tensors[:1]], "targets 'mine': batch: .* takes a tuple of tensors"),
+        ([], "targets 'mine': there are none"),
+        (iter([target_set().tensors]), "can be read only once"),
+    ],
+)
+def test_targets_are_tried_before_training(tmp_path: Path, given: Any, words: str) -> None:
+    with pytest.raises((BatchError, MisconfigurationException), match=words):
+        fit(tmp_path / "s", net(), targets={"mine": given})
+    assert not (tmp_path / "s").exists()
+
+
 def test_targets_that_a_collation_reorders_are_refused(tmp_path: Path) -> None:
     """In training before it begins, and afterwards."""
     sorting = loader(target_set(), collate_fn=by_ink)

@@ -48,7 +48,7 @@ from trak_dropout.lightning.subject import (
     submodule,
     submodule_weights,
 )
-from trak_dropout.lightning.targets import check_target_order, check_targets, target_loaders
+from trak_dropout.lightning.targets import check_targets, target_loaders, try_targets
 from trak_dropout.lightning.training import TrainingRows
 from trak_dropout.lightning.undisturbed import differs, undisturbed
 from trak_dropout.masks import DEFAULT_FOLD, check_scheme
@@ -554,7 +554,12 @@ class GradientCollector(pl.Callback):
                 trial.out_to_loss(batch)
                 if self.batch_size is None:
                     self._at_once = data.comfortable(trial.bytes_per_sample(batch))
-                check_target_order(target_loaders(trainer, self.targets))
+                try_targets(
+                    target_loaders(trainer, self.targets),
+                    lambda raw, loader: trial.features(
+                        to_device(module, raw, module.device, loader), 0
+                    ),
+                )
             weights, transient = split_state(model)
             check_storable(weights | transient)
         processes.same("the number of training samples", data.size)

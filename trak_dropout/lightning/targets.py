@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSamp
 
 from trak_dropout.attribution import inner_sampler, sequential_loader
 from trak_dropout.collation import ReorderingError, check_loader
+from trak_dropout.gradients import BatchError
 
 SPLITS = ("val", "test", "predict")
 Targets = str | list[str] | Mapping[str, Any] | None
@@ -72,22 +73,37 @@ def target_loaders(trainer: pl.Trainer, targets: Targets) -> dict[str, TargetLoa
     return found
 
 
-def check_target_order(targets: Mapping[str, TargetLoader]) -> None:
-    """Refuse targets whose collation puts them in an order of its own, if that can be told.
+def try_targets(targets: Mapping[str, TargetLoader], work: Callable[[Any, int], object]) -> None:
+    """Refuse targets that no gradients can be computed of, or whose collation reorders them.
 
     Args:
         targets: from `target_loaders`.
+        work: what will be done with each batch, given the batch and the number of its loader.
 
     Raises:
-        MisconfigurationException: scores would be those of other targets.
+        BatchError: the task cannot take the first batch of a loader, or there is none.
+        MisconfigurationException: scores would be those of other targets, or a loader can be read
+            only once.
     """
-    for name, (_, loader) in targets.items():
+    for name, (number, loader) in targets.items():
         try:
             check_loader(loader)
         except ReorderingError as error:
             raise MisconfigurationException(
                 f"GradientCollector: of the targets {name!r}, {error}"
             ) from error
+        if isinstance(loader, Iterator):
+            raise MisconfigurationException(
+                f"GradientCollector: targets {name!r} are a {type(loader).__name__}, which can be "
+                "read only once; give a loader, or a list of batches"
+            )
+        batch = next(iter(loader), None)
+        if batch is None:
+            raise BatchError(f"targets {name!r}: there are none in the loader")
+        try:
+            work(batch, number)
+        except BatchError as error:
+            raise BatchError(f"targets {name!r}: {error}") from error
 
 
 def _names(targets: Any) -> list[str]:
