@@ -170,7 +170,8 @@ def _message(takes: list[str] | None, task: AbstractModelOutput, given: str) -> 
     wants = "tensors" if takes is None else f"tensors ({', '.join(takes)})"
     return (
         f"batch: {type(task).__name__} takes a tuple of {wants}, got {given}; change the "
-        "collate_fn, or write a model output function for such batches"
+        "collate_fn (or, with Lightning, make one in on_after_batch_transfer), or write a model "
+        "output function that takes as many tensors"
     )
 
 
