@@ -637,6 +637,9 @@ def test_hooks_know_targets_from_training_data(tmp_path: Path, part: str | None)
     )
     store = collector.store
     store.add_targets("again", loader(target_set(12)), progress=False)
+    given = [None, module, *([module.net] if part else [])]
+    scores = [collector.attribute(loader(target_set(7)), m, progress=False) for m in given]
+    assert all(np.array_equal(one, scores[0]) for one in scores)
     images, labels = target_set(7).tensors
     plain = open_store(tmp_path / "a", module.net if part else net())
     plain.add_targets("far", [(2 * images, labels)], module.net if part else None, progress=False)

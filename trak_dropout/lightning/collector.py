@@ -476,8 +476,9 @@ class GradientCollector(pl.Callback):
 
         Args:
             loader: batches of targets, as for training.
-            model: the module that was trained; needed only after ``ddp_spawn``, which trains in
-                other processes than the one that called ``fit``.
+            model: the module that was trained, or its submodule that gradients were taken of;
+                needed only after ``ddp_spawn``, which trains in other processes than the one that
+                called ``fit``.
             model_ids: the checkpoints to average; all collected ones when None.
             damping: relative damping, as for `DampedScoreComputer`.
             curvature: ``"output"`` or ``"loss"``, as for `AttributionStore.attribute`.
@@ -486,7 +487,10 @@ class GradientCollector(pl.Callback):
         Returns:
             float32 ``(n_train, n_targets)``; see `AttributionStore.attribute`.
         """
-        return self._store(self._module if model is None else model).attribute(
+        part = self.model is not None and not isinstance(model, pl.LightningModule)
+        if model is None or (part and self._module is not None):  # whose hooks prepare batches
+            model = self._module
+        return self._store(model).attribute(
             loader,
             model_ids=model_ids,
             damping=damping,
