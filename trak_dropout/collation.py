@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from trak_dropout._random import random_states_kept
+from trak_dropout.reading import read_groups, spaced
 
 _LOG = logging.getLogger(__name__)
 TRIED = 16  # samples
@@ -68,15 +68,7 @@ def check_loader(loader: Any) -> None:
 
     def read(collate: Callable[[Any], Any]) -> Iterable[bool]:
         held = len(loader.dataset)  # type: ignore[arg-type]
-        some = np.linspace(0, held - 1, min(TRIED, held)).astype(int).tolist()
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=[some],
-            collate_fn=collate,
-            num_workers=min(1, loader.num_workers),
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-        )
+        return read_groups(loader, [spaced(min(TRIED, held), held)], collate)
 
     try:
         with random_states_kept():

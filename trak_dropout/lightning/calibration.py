@@ -17,8 +17,9 @@ from trak_dropout.gradients.factors import FactoredGradient
 from trak_dropout.gradients.live import Layouts, LiveGradients
 from trak_dropout.lightning.processes import Processes
 from trak_dropout.lightning.subject import submodule
-from trak_dropout.lightning.tryout import loss_of, read_groups, spaced, twin_of
+from trak_dropout.lightning.tryout import loss_of, twin_of
 from trak_dropout.projector import DropoutProjector
+from trak_dropout.reading import read_groups, spaced
 from trak_dropout.store import Store
 
 _BATCH = 32  # where the loader does not say

@@ -26,6 +26,7 @@ from torch.utils.data import (
 
 from trak_dropout.attribution import batch_size_of, inner_sampler, sequential_loader
 from trak_dropout.collation import TRIED, ReorderingError, check_collation
+from trak_dropout.reading import spaced
 
 # A larger batch costs less for each sample, until it no longer fits a processor's cache.
 _MOST_SAMPLES = 256
@@ -222,7 +223,7 @@ class TrainingData:
         return min(self.size, (number + 1) * self.batch_size)
 
     def _spaced(self, count: int) -> list[int]:
-        return np.linspace(0, self.size - 1, min(count, self.size)).astype(int).tolist()
+        return spaced(min(count, self.size), self.size)
 
     def _loader(
         self,

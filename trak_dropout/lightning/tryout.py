@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
@@ -15,7 +14,6 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 )
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from trak_dropout._random import random_states_kept
 from trak_dropout.attribution import to_device
@@ -30,6 +28,7 @@ from trak_dropout.gradients.live import (
     find_layouts,
 )
 from trak_dropout.lightning.subject import submodule
+from trak_dropout.reading import read_groups, spaced
 
 _SAMPLES = 3
 
@@ -132,31 +131,8 @@ def try_training_step(
         return layouts, None
 
 
-def spaced(count: int, size: int) -> list[int]:
-    """Indices of some samples, from all over a data set of that size."""
-    return np.linspace(0, size - 1, count).astype(int).tolist()
-
-
-def read_groups(
-    loader: Any, groups: Iterable[list[int]], collate: Callable[[Any], Any]
-) -> Iterable[Any]:
-    """Read samples of a loader's data set, as it does, into batches of given indices."""
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=groups,
-        collate_fn=collate,
-        num_workers=min(1, loader.num_workers),
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-    )
-
-
 def _read(loader: Any) -> dict[tuple[int, ...], Any]:
-    """Read a few samples, as the loader does, into batches of some of them.
-
-    Where the loader has workers, in a worker: a data set may open its files, or begin to count,
-    when it is read first, and be forked after that.
-    """
+    """Read a few samples, as the loader does, into batches of some of them."""
     size = len(loader.dataset)
 
     def read(indices: Iterable[int]) -> Iterable[Any]:
