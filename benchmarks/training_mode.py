@@ -70,7 +70,7 @@ SETTINGS: dict[str, Any] = {
     "resnet9": (ResNet9, cross_entropy, lambda n: images(32 * n, 3, 32), 32),
     "gpt-neox-10m": (neox(320, 8, 8, 512), next_token, lambda n: sentences(16 * n, 64, 512), 16),
 }
-BATCHES = {"mlp": 200, "resnet9": 40, "gpt-neox-10m": 40}
+BATCHES = {"mlp": 938, "resnet9": 40, "gpt-neox-10m": 40}  # Fashion-MNIST has 938 of the first
 MOST = 1.05  # what an epoch may take with the collector
 TURNS = 20  # of a fit in an epoch, at most
 
