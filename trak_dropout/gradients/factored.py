@@ -690,10 +690,9 @@ class FactoredGradientComputer(DenseGradientComputer):
             output = output if weights is None else output * weights.to(output)
             # Where inputs ask for gradients (Hugging Face's enable_input_require_grads), layers
             # behind them have no leaf of ours.
+            # A copy of the recorder's list: a checkpoint may add some meanwhile.
             leaves = leaves_of(output) if recorder.foreign else list(recorder.leaves)
-            _backward(
-                output, leaves
-            )  # not the recorder's list: a checkpoint may add some meanwhile
+            _backward(output, leaves)
         if not plan.exact or weights is not None:
             return {}
         rows = [self._autograd([part[i] for part in batch], plan.exact) for i in range(samples)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trak_dropout._random import random_states_kept
-from trak_dropout.attribution import to_device
+from trak_dropout.attribution import batch_size_of, to_device
 from trak_dropout.gradients.factors import FactoredGradient
 from trak_dropout.gradients.live import Layouts, LiveGradients
 from trak_dropout.lightning.processes import Processes
@@ -21,8 +21,6 @@ from trak_dropout.lightning.tryout import loss_of, twin_of
 from trak_dropout.projector import DropoutProjector
 from trak_dropout.reading import read_groups, spaced
 from trak_dropout.store import Store
-
-_BATCH = 32  # where the loader does not say
 
 
 def calibrate_by_steps(
@@ -87,8 +85,7 @@ def take_over_statistics(projector: DropoutProjector, root: Path, processes: Pro
 def _batches(loader: Any, samples: int) -> Iterator[tuple[list[int], Any]]:
     """Batches as large as the loader's, with the indices of their samples."""
     size = len(loader.dataset)
-    each = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    each = min(each if isinstance(each, int) else _BATCH, size)
+    each = min(batch_size_of(loader), size)
     number = max(1, min(samples, size) // each)
     every = spaced(number * each, size)
     groups = [every[i::number] for i in range(number)]
