@@ -139,3 +139,9 @@ def test_a_wrong_figure_is_found() -> None:
     assert right
     assert f"{float(right[0]) + 0.01:.2f}" not in known
     assert figures("of 3.45 and `1.23`, $9.87$, torch 2.13.0, ends with 6.78.") == ["3.45", "6.78"]
+
+
+def test_runs_that_were_killed_are_told_as_counted() -> None:
+    found = RESULTS["crash"]
+    said = f"{found['bit_equal']} of {found['runs']} were equal to the bit after {found['kills']}"
+    assert f"{said} kills" in " ".join((ROOT / "docs/callback.md").read_text().split())
