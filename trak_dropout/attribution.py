@@ -12,21 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import (
-    DataLoader,
-    RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
 from tqdm import tqdm
 from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
 
 from trak_dropout._random import random_states_kept
-from trak_dropout.collation import check_loader
 from trak_dropout.curvature import check_curvature, row_factors
 from trak_dropout.gradients import BatchError, FactoredGradientComputer
 from trak_dropout.outputs import resolve_task, task_name
 from trak_dropout.projector import DropoutProjector, NonFiniteGradientError
+from trak_dropout.reading import in_dataset_order
 from trak_dropout.scoring import DampedScoreComputer, check_damping
 from trak_dropout.store import Store, StoreMismatchError
 from trak_dropout.streaming import self_influence
@@ -370,75 +364,6 @@ def open_store(
         StoreMismatchError: it is of another format version.
     """
     return AttributionStore(save_dir, model, task)
-
-
-def in_dataset_order(loader: Iterable[Any]) -> Iterable[Any]:
-    """Return a loader over the same data that does not shuffle.
-
-    Args:
-        loader: a ``DataLoader``, or any iterable of batches.
-
-    Returns:
-        Batches in data-set order where it is a ``DataLoader`` that shuffles, else the loader.
-
-    Raises:
-        ReorderingError: its ``collate_fn`` puts samples in an order of its own.
-        ValueError: it draws random samples, so that nobody could tell which came in which order.
-    """
-    if not isinstance(loader, DataLoader):
-        return loader
-    sampler = inner_sampler(loader)
-    if isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler):
-        raise ValueError(
-            f"loader draws its samples with a {type(sampler).__name__}, so their order is unknown; "
-            "give a loader over torch.utils.data.Subset(dataset, indices) without a sampler"
-        )
-    check_loader(loader)
-    return sequential_loader(loader) if isinstance(sampler, RandomSampler) else loader
-
-
-def inner_sampler(loader: DataLoader[Any]) -> Any:
-    """Return the sampler that draws single samples, also where a batch sampler holds it."""
-    return getattr(loader.batch_sampler, "sampler", loader.sampler)
-
-
-def sequential_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a loader over a loader's data set, in its order.
-
-    Args:
-        loader: the loader whose data set, collation and workers to use.
-
-    Returns:
-        The loader.
-
-    Raises:
-        ValueError: the loader does not batch, or has an ``__iter__`` of its own.
-    """
-    if loader.batch_sampler is None:
-        raise ValueError(
-            "the loader does not batch (batch_size=None), so its data set's items are batches "
-            "and have no order of samples; use a data set of samples"
-        )
-    if type(loader).__iter__ is not DataLoader.__iter__:
-        raise ValueError(
-            f"the loader's class {type(loader).__name__} has an __iter__ of its own, which a pass "
-            "in data-set order would leave out; move what it does into collate_fn or into the "
-            "module's on_after_batch_transfer"
-        )
-    return DataLoader(
-        loader.dataset,
-        batch_size=batch_size_of(loader),
-        shuffle=False,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-    )
-
-
-def batch_size_of(loader: DataLoader[Any]) -> int:
-    """Return how many samples a loader puts into a batch, 32 if its batch sampler does not tell."""
-    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
 
 
 def to_device(model: nn.Module, batch: Any, device: torch.device, loader: int | None = None) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import default_collate
 
 from trak_dropout._random import random_states_kept
-from trak_dropout.reading import read_groups, spaced
 
-_LOG = logging.getLogger(__name__)
 TRIED = 16  # samples
 
 
@@ -44,39 +41,6 @@ def check_collation(
             "Sort within the model instead (enforce_sorted=False of pack_padded_sequence does), or "
             "give a loader whose collate_fn keeps their order"
         )
-
-
-def check_loader(loader: Any) -> None:
-    """Refuse a loader whose collation puts samples in an order of its own, if that can be told.
-
-    A few samples of its data set are read for that; random states are as before.
-
-    Args:
-        loader: a ``DataLoader``; of anything else nothing can be told.
-
-    Raises:
-        ReorderingError: it does.
-    """
-    if (
-        not isinstance(loader, DataLoader)
-        or loader.batch_sampler is None
-        or loader.batch_size == 1
-        or isinstance(loader.dataset, IterableDataset)
-        or type(loader).__iter__ is not DataLoader.__iter__
-    ):
-        return
-
-    def read(collate: Callable[[Any], Any]) -> Iterable[bool]:
-        held = len(loader.dataset)  # type: ignore[arg-type]
-        return read_groups(loader, [spaced(min(TRIED, held), held)], collate)
-
-    try:
-        with random_states_kept():
-            check_collation(loader.collate_fn, read)
-    except ReorderingError:
-        raise
-    except Exception as error:  # in samples that nobody may ever read
-        _LOG.info("whether collate_fn keeps the order of samples could not be told: %s", error)
 
 
 class Reorders:

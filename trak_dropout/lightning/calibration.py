@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from trak_dropout._random import random_states_kept
-from trak_dropout.attribution import batch_size_of, to_device
+from trak_dropout.attribution import to_device
 from trak_dropout.gradients.factors import FactoredGradient
 from trak_dropout.gradients.live import Layouts, LiveGradients
 from trak_dropout.lightning.processes import Processes
 from trak_dropout.lightning.subject import submodule
 from trak_dropout.lightning.tryout import loss_of, twin_of
 from trak_dropout.projector import DropoutProjector
-from trak_dropout.reading import read_groups, spaced
+from trak_dropout.reading import batch_size_of, read_groups, spaced
 from trak_dropout.store import Store
 
 

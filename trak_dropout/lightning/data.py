@@ -24,9 +24,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from trak_dropout.attribution import batch_size_of, inner_sampler, sequential_loader
 from trak_dropout.collation import TRIED, ReorderingError, check_collation
-from trak_dropout.reading import spaced
+from trak_dropout.reading import batch_size_of, inner_sampler, sequential_loader, spaced
 
 # A larger batch costs less for each sample, until it no longer fits a processor's cache.
 _MOST_SAMPLES = 256

@@ -12,9 +12,9 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 )
 from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSampler
 
-from trak_dropout.attribution import inner_sampler, sequential_loader
-from trak_dropout.collation import ReorderingError, check_loader
+from trak_dropout.collation import ReorderingError
 from trak_dropout.gradients import BatchError
+from trak_dropout.reading import check_order_kept, inner_sampler, sequential_loader
 
 SPLITS = ("val", "test", "predict")
 Targets = str | list[str] | Mapping[str, Any] | None
@@ -87,7 +87,7 @@ def try_targets(targets: Mapping[str, TargetLoader], work: Callable[[Any, int], 
     """
     for name, (number, loader) in targets.items():
         try:
-            check_loader(loader)
+            check_order_kept(loader)
         except ReorderingError as error:
             raise MisconfigurationException(
                 f"GradientCollector: of the targets {name!r}, {error}"

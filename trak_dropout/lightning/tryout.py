@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trak_dropout._random import random_states_kept
 from trak_dropout.attribution import to_device
-from trak_dropout.collation import ReorderingError, check_loader
+from trak_dropout.collation import ReorderingError
 from trak_dropout.gradients import FactorError
 from trak_dropout.gradients.intake import Shares
 from trak_dropout.gradients.live import (
@@ -28,7 +28,7 @@ from trak_dropout.gradients.live import (
     find_layouts,
 )
 from trak_dropout.lightning.subject import submodule
-from trak_dropout.reading import read_groups, spaced
+from trak_dropout.reading import check_order_kept, read_groups, spaced
 
 _SAMPLES = 3
 
@@ -140,7 +140,7 @@ def _read(loader: Any) -> dict[tuple[int, ...], Any]:
         return read_groups(loader, [group], _Batches(loader.collate_fn))
 
     try:
-        check_loader(loader)
+        check_order_kept(loader)
     except ReorderingError as error:
         raise MisconfigurationException(f"GradientCollector: {error}") from error
     failure: Exception | None = None

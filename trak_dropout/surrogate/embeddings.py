@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from trak_dropout._checks import check_integer
-from trak_dropout.attribution import in_dataset_order, own_precision, preserved, to_device
+from trak_dropout.attribution import own_precision, preserved, to_device
+from trak_dropout.reading import in_dataset_order
 
 
 def penultimate_embeddings(
