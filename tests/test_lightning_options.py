@@ -24,6 +24,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     default_collate,
     get_worker_info,
@@ -679,6 +680,9 @@ def test_targets_that_a_collation_reorders_are_refused(tmp_path: Path) -> None:
     words = r"'mine', collate_fn \(by_ink\) reorders samples"
     with pytest.raises(MisconfigurationException, match=words):
         fit(tmp_path / "s", net(), targets={"mine": sorting})
+    drawn = DataLoader(target_set(), 5, sampler=SubsetRandomSampler(range(20)))
+    with pytest.raises(MisconfigurationException, match=r"targets 'mine': .*order is unknown"):
+        fit(tmp_path / "s", net(), targets={"mine": drawn})
     assert not (tmp_path / "s").exists()
     collector, _, _ = fit(tmp_path / "s", net(), max_epochs=1)
     for score in (collector.attribute, partial(collector.store.add_targets, "mine")):

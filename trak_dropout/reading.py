@@ -36,14 +36,10 @@ def in_dataset_order(loader: Iterable[Any]) -> Iterable[Any]:
     """
     if not isinstance(loader, DataLoader):
         return loader
-    sampler = inner_sampler(loader)
-    if isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler):
-        raise ValueError(
-            f"loader draws its samples with a {type(sampler).__name__}, so their order is unknown; "
-            "give a loader over torch.utils.data.Subset(dataset, indices) without a sampler"
-        )
+    check_order_known(loader)
     check_order_kept(loader)
-    return sequential_loader(loader) if isinstance(sampler, RandomSampler) else loader
+    shuffles = isinstance(inner_sampler(loader), RandomSampler)
+    return sequential_loader(loader) if shuffles else loader
 
 
 def inner_sampler(loader: DataLoader[Any]) -> Any:
@@ -88,6 +84,23 @@ def sequential_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
 def batch_size_of(loader: DataLoader[Any]) -> int:
     """Return how many samples a loader puts into a batch, 32 if its batch sampler does not tell."""
     return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+
+
+def check_order_known(loader: DataLoader[Any]) -> None:
+    """Refuse a loader that draws samples in an order that nobody knows afterwards.
+
+    Args:
+        loader: the loader.
+
+    Raises:
+        ValueError: it does.
+    """
+    sampler = inner_sampler(loader)
+    if isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler):
+        raise ValueError(
+            f"loader draws its samples with a {type(sampler).__name__}, so their order is unknown; "
+            "give a loader over torch.utils.data.Subset(dataset, indices) without a sampler"
+        )
 
 
 def check_order_kept(loader: Any) -> None:

@@ -10,11 +10,11 @@ from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
 )
-from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader
 
 from trak_dropout.collation import ReorderingError
 from trak_dropout.gradients import BatchError
-from trak_dropout.reading import check_order_kept, inner_sampler, sequential_loader
+from trak_dropout.reading import check_order_kept, check_order_known, sequential_loader
 
 SPLITS = ("val", "test", "predict")
 Targets = str | list[str] | Mapping[str, Any] | None
@@ -139,10 +139,8 @@ def _split_loaders(trainer: pl.Trainer, split: str) -> Any:
 def _in_order(name: str, loader: Any) -> Iterable[Any]:
     if not isinstance(loader, DataLoader):
         return loader
-    sampler = inner_sampler(loader)
-    if isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler):
-        raise MisconfigurationException(
-            f"GradientCollector: the targets {name!r} are drawn with a {type(sampler).__name__}, "
-            "so their order is unknown; use torch.utils.data.Subset(dataset, indices)"
-        )
+    try:
+        check_order_known(loader)
+    except ValueError as error:
+        raise MisconfigurationException(f"GradientCollector: targets {name!r}: {error}") from error
     return sequential_loader(loader)
