@@ -168,6 +168,9 @@ def test_rows_are_micro_batch_gradients_of_their_step(
     check_rows(tmp_path, watcher, tolerance)
     store = td.open_store(tmp_path)
     assert store.model_ids == [0, 1]
+    if settings.get("calibrate_each"):
+        first, second = (store.projector().statistics[m] for m in (0, 1))
+        assert first.digest != second.digest
     accumulated = options.get("accumulate_grad_batches", 1)
     for model_id in store.model_ids:
         visits = td.block_visits(store, model_id)
@@ -246,9 +249,11 @@ def twice_net() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("build", [net, twice_net])
+@pytest.mark.parametrize(
+    ("build", "options"), [(net, {}), (twice_net, {}), (net, SCALER)], ids=["", "twice", "scaled"]
+)
 def test_weighted_dropout_draws_by_gradients_of_training_steps(
-    tmp_path: Path, build: Callable[[], nn.Module]
+    tmp_path: Path, build: Callable[[], nn.Module], options: Any
 ) -> None:
     pl.seed_everything(1, verbose=False)
     first = Stepper(build())  # before any step
@@ -264,7 +269,9 @@ def test_weighted_dropout_draws_by_gradients_of_training_steps(
         ):
             rows = g.reshape(len(weight), -1).double().square().sum(1) / 48
             expected[name] = expected.get(name, 0) + rows
-    fit(build, [collector(tmp_path, **WEIGHTED)], max_epochs=1)
+    if options is SCALER:  # small gradients must not vanish in float16
+        options = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
+    fit(build, [collector(tmp_path, **WEIGHTED)], max_epochs=1, **options)
     (taken,) = td.open_store(tmp_path).projector().statistics.values()
     for rows, name in zip(taken.rows, expected, strict=True):
         # Of the mean loss of a batch of 16.
