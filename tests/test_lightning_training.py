@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 import trak_dropout as td
 from trak_dropout.inspection import inspect_store
 from trak_dropout.lightning import GradientCollector
-from trak_dropout.lightning.blocks import rows_of
+from trak_dropout.lightning.blocks import BlockWriter, keep_others, merge, rows_of
 from trak_dropout.lightning.order import RecordingBatchSampler
-from trak_dropout.visits import IN_PLACE, NOT_STORED
+from trak_dropout.visits import IN_PLACE, NOT_STORED, Visits
 
 N = 75  # divides neither by the batch size nor by two processes
 
@@ -993,3 +993,25 @@ def test_a_run_may_go_on_with_fewer_processes(tmp_path: Path, finished: bool) ->
     ]
     np.testing.assert_array_equal(*rows)
     assert not list(path.rglob("*.part"))
+
+
+def test_of_processes_that_are_gone_only_what_the_run_keeps_counts(tmp_path: Path) -> None:
+    """Without batch 2 of the second process: the run goes on in one, after batch 1."""
+    np.lib.format.open_memmap(tmp_path / "grads.mmap", "w+", np.float32, (4, 2))
+    for rank in (0, 1):
+        writer = BlockWriter(tmp_path, 4, 2, rank)
+        for batch in (1, 2):
+            index = np.array([2 * rank + batch - 1])
+            one, zero = np.ones(1), np.zeros(1, np.int64)
+            visits = Visits(
+                index, zero.copy(), zero + batch, zero, np.full(1, rank), one, one[:, None]
+            )
+            writer.add(visits, np.full((1, 2), 10.0 * rank + batch, np.float32))
+        writer.sync()
+        writer.close()
+    keep_others(tmp_path, 4, 2, ranks=1, last=1)
+    visits = merge(tmp_path)
+    assert visits.index.tolist() == [0, 2, 1]
+    assert visits.rank.tolist() == [0, 1, 0]
+    rows = np.load(tmp_path / "grads.mmap")
+    assert rows[:, 0].tolist() == [1, 2, 11, 0]
