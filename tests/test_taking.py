@@ -15,10 +15,10 @@ from trak_dropout.gradients.factors import (
     Formed,
     Lookups,
     Outer,
-    Patches,
     Products,
     Sums,
 )
+from trak_dropout.gradients.patches import Patches
 
 
 def outer(samples: int = 5, positions: int = 7) -> tuple[Products, Tensor]:
@@ -26,25 +26,44 @@ def outer(samples: int = 5, positions: int = 7) -> tuple[Products, Tensor]:
     return Outer(left, right), torch.einsum("btr,btc->brc", left, right)
 
 
-def convolution(stride: int, dilation: int, padding: int, each: int) -> tuple[Products, Tensor]:
+def convolution(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    each: int = 1,
+) -> tuple[Products, Tensor]:
     """The factor, and gradients of the sum of outputs times ``left``, sample by sample."""
-    inputs = torch.randn(4, each, 3, 9, 8, dtype=torch.float64)
-    weight = torch.randn(5, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    inputs = torch.randn(4, each, 3, *size, dtype=torch.float64)
+    weight = torch.randn(5, 3, *kernel, dtype=torch.float64, requires_grad=True)
     settings = {"stride": stride, "dilation": dilation, "padding": padding}
+    run = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(size) - 1]
     rows = []
     left: list[Tensor] = []
     for sample in inputs:
-        output = nn.functional.conv2d(sample, weight, **settings)
+        output = run(sample, weight, **settings)
         left.append(torch.randn_like(output).detach())
         rows.append(torch.autograd.grad((output * left[-1]).sum(), weight)[0].flatten(1))
-    step, far = (stride, stride), (dilation, dilation)
-    factor = Patches(torch.stack(left), inputs, [padding] * 4, "constant", (2, 3), step, far, 1)
+    around = [side for one in reversed(padding) for side in (one, one)]
+    factor = Patches(torch.stack(left), inputs, around, "constant", kernel, stride, dilation, 1)
     return factor, torch.stack(rows)
 
 
 FACTORS = [
     *(lambda b=b, t=t: outer(b, t) for b, t in ((5, 7), (5, 1), (1, 3), (40, 2))),
-    *(lambda s=s: convolution(*s) for s in ((1, 1, 1, 1), (2, 1, 0, 1), (1, 2, 2, 3))),
+    *(
+        lambda s=s: convolution(*s)
+        for s in (
+            ((9, 8), (2, 3), (1, 1), (1, 1), (1, 1)),
+            ((9, 8), (2, 3), (2, 2), (1, 1), (0, 0)),
+            ((9, 8), (2, 3), (1, 1), (2, 2), (2, 2), 3),
+            ((9, 7), (3, 2), (2, 3), (3, 1), (2, 0), 2),
+            ((7, 8), (1, 1), (3, 2), (1, 1), (0, 0)),
+            ((17,), (4,), (3,), (2,), (5,)),
+            ((5, 4, 6), (2, 1, 3), (2, 1, 1), (1, 1, 2), (1, 0, 2)),
+        )
+    ),
 ]
 
 

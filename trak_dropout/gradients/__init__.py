@@ -9,8 +9,8 @@ from trak_dropout.gradients.factors import (
     Formed,
     Lookups,
     Outer,
-    Patches,
 )
+from trak_dropout.gradients.patches import Patches
 from trak_dropout.gradients.rules import rule
 from trak_dropout.gradients.taps import FactorError
 

@@ -7,7 +7,6 @@ a weight gradient ever exists.
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
@@ -15,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trak_dropout.statistics import as_matrix
 
@@ -26,7 +25,7 @@ DEFAULT_BUDGET = 32 * 2**20
 # of a gather, the same with all samples of a coordinate together, writing one entry of a block, a
 # multiply-add of a product of two lines and what comes on top for each, and the calls for a sample.
 # Measured on CPUs.
-_GATHERED, _TOGETHER, _WRITTEN, _DOT, _BEGUN, _CALLED = 80, 20, 40, 5, 120, 10**5
+GATHERED, _TOGETHER, _WRITTEN, _DOT, _BEGUN, _CALLED = 80, 20, 40, 5, 120, 10**5
 
 # Bytes of a piece of values that stays in a core's cache, and below what an allocator takes from
 # the operating system anew each time; and of the lines that are laid out at a time.
@@ -51,6 +50,7 @@ class Coordinates:
         self._patterns: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._count = flat.numel()
         self.ways: dict[Any, tuple[str, float]] = {}  # chosen before, of products of the same size
+        self.starts: dict[Any, Tensor] = {}  # of columns, in windows of the same kind
 
     def __len__(self) -> int:
         return self._count
@@ -210,13 +210,13 @@ class Formed(Factor):
         """Compute coordinates of all samples."""
         for part in _parts(len(self.values), 8 * len(at), budget):
             values = self.values[part]
-            yield part, _ALL, _raised(values.reshape(len(values), -1).index_select(1, at.flat))
+            yield part, _ALL, raised(values.reshape(len(values), -1).index_select(1, at.flat))
 
     def form(self, part: slice) -> Tensor:
         """Form the gradients of some samples."""
         values = self.values[part]
         rows = values.shape[1] if values.ndim > 1 else 1
-        return _raised(values.reshape(len(values), rows, values.shape[2:].numel()))
+        return raised(values.reshape(len(values), rows, values.shape[2:].numel()))
 
 
 class Sums(Factor):
@@ -249,13 +249,13 @@ class Sums(Factor):
         held = 8 * (min(len(at), columns) * positions + len(at))
         for part in _parts(len(self._values), held, budget):
             if len(at) < columns:
-                yield part, _ALL, _raised(_columns(self._values[part], at.flat)).sum(1)
+                yield part, _ALL, raised(_columns(self._values[part], at.flat)).sum(1)
             else:
                 yield part, _ALL, self.form(part)[..., 0].index_select(1, at.flat)
 
     def form(self, part: slice) -> Tensor:
         """Form the gradients of some samples."""
-        return _raised(self._values[part]).sum(1).unsqueeze(-1)
+        return raised(self._values[part]).sum(1).unsqueeze(-1)
 
 
 class Products(Factor):
@@ -268,7 +268,7 @@ class Products(Factor):
     """
 
     positions: int
-    laying = 30
+    laying = 70  # lines are columns of what is held
     """What it costs to lay one entry of a line where it belongs, in the same multiply-adds."""
 
     @property
@@ -305,10 +305,19 @@ class Products(Factor):
             values = left.index_select(0, piece.rows).mul_(right.index_select(0, piece.columns))
             yield slice(begin, begin + len(piece)), values.T
 
+    @property
+    def line(self) -> int:
+        """Entries of a line, in which the positions of a row or a column are laid out."""
+        return self.positions
+
+    def lines(self, part: slice, at: Coordinates) -> tuple[Tensor, Tensor]:
+        """Lay out the positions of rows and of columns, ``(r * b, line)`` and ``(c * b, line)``."""
+        rows, columns = at.lines
+        return _lines(self.left(part, rows)), _lines(self.right(part, columns))
+
     def dots(self, part: slice, at: Coordinates) -> Tensor:
         """Coordinates of some samples, by multiplying two lines of positions for each."""
-        rows, columns = at.lines
-        left, right = _lines(self.left(part, rows)), _lines(self.right(part, columns))
+        left, right = self.lines(part, at)
         dtype = torch.promote_types(left.dtype, right.dtype)
         samples = len(range(len(self))[part])
         zeros, places = at.pattern(samples, dtype)
@@ -326,23 +335,23 @@ class Products(Factor):
     def costs(self, at: Coordinates) -> dict[str, tuple[float, float]]:
         """Multiply-adds and values held of each way, for one sample."""
         rows, columns = at.shape
-        read = _TOGETHER if self._lie_together(at) else _GATHERED * self.positions
+        read = _TOGETHER if self._lie_together(at) else GATHERED * self.positions
         found: dict[str, tuple[float, float]] = {
             "gather": (read * len(at), 2 * len(at) * self.positions),
             "form": ((self.positions + _WRITTEN) * rows * columns, rows * columns),
         }
         if len(at) < rows * columns:
             r, c = len(at.distinct_rows[0]), len(at.distinct_columns[0])
-            copied = _GATHERED * (r + c) * self.positions / 4
+            copied = GATHERED * (r + c) * self.positions / 4
             found["block"] = (
                 copied + (self.positions + _WRITTEN) * r * c,
                 r * c + (r + c) * self.positions,
             )
         r, c = at.laid_out
         if self.positions > 1 and self.on_cpu and len(at) <= r * c:  # a sparse matrix has no more
-            copied = (r + c) * self.positions
+            copied = (r + c) * self.line
             found["dots"] = (
-                _CALLED + (_DOT * self.positions + _BEGUN) * len(at) + self.laying * copied,
+                _CALLED + (_DOT * self.line + _BEGUN) * len(at) + self.laying * copied,
                 2 * len(at) + copied,
             )
         return found
@@ -392,8 +401,6 @@ class Outer(Products):
         right: values of the columns, such as inputs, ``(B, T, columns)``.
     """
 
-    laying = 70  # lines are columns of what is held
-
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self._left, self._right = left, right
         self.positions = left.shape[1]
@@ -422,137 +429,11 @@ class Outer(Products):
 
     def left(self, part: slice, rows: Tensor | None = None) -> Tensor:
         """Values of rows."""
-        return _raised(_columns(self._left[part], rows))
+        return raised(_columns(self._left[part], rows))
 
     def right(self, part: slice, columns: Tensor | None = None) -> Tensor:
         """Values of columns."""
-        return _raised(_columns(self._right[part], columns))
-
-
-class Patches(Products):
-    """A convolution: products of output gradients and the windows of the input they come from.
-
-    Windows are never copied out as a whole: they are a view of the padded input, of a few samples.
-
-    Args:
-        left: output gradients ``(B, N, out_channels, *out)``.
-        inputs: ``(B, N, in_channels, *in)``.
-        padding: as ``torch.nn.functional.pad`` takes it.
-        mode: likewise.
-        kernel: size of a window.
-        stride: step from window to window.
-        dilation: step inside a window.
-        groups: of channels.
-    """
-
-    def __init__(
-        self,
-        left: Tensor,
-        inputs: Tensor,
-        padding: Sequence[int],
-        mode: str,
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-    ) -> None:
-        self._left, self._input = left, inputs
-        self._padding, self._mode = list(padding), mode
-        self.positions = left.shape[1] * math.prod(left.shape[3:])
-        self._groups = groups
-        self._kernel, self._stride, self._dilation = tuple(kernel), tuple(stride), tuple(dilation)
-
-    def _windows(self, part: slice) -> Tensor:
-        """Windows ``(b, channels, *kernel, N, *out)`` of some samples."""
-        values = self._input[part]
-        if any(self._padding):
-            flat = nn.functional.pad(values.flatten(0, 1), self._padding, mode=self._mode)
-            values = flat.view(*values.shape[:2], *flat.shape[1:])
-        strides = values.stride()
-        windows = values.as_strided(
-            (*values.shape[:3], *self._kernel, *self._left.shape[3:]),
-            (
-                *strides[:3],
-                *(s * d for s, d in zip(strides[3:], self._dilation, strict=True)),
-                *(s * d for s, d in zip(strides[3:], self._stride, strict=True)),
-            ),
-        )
-        return windows.movedim(1, 2 + len(self._kernel))
-
-    def __len__(self) -> int:
-        return self._left.shape[0]
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """What is held of each sample."""
-        return (self._left, self._input)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._left.nbytes + self._input.nbytes
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the factors lie in main memory."""
-        return self._left.is_cpu
-
-    def left(self, part: slice, rows: Tensor | None = None) -> Tensor:
-        """Values of output channels."""
-        left = self._left[part]
-        left = left if rows is None else left.index_select(2, rows)
-        return _raised(left.transpose(1, 2).flatten(2)).mT
-
-    def right(self, part: slice, columns: Tensor | None = None) -> Tensor:
-        """Values at places of the window of a group's first channels."""
-        if columns is None:
-            windows = self._windows(part)
-            return _raised(windows.flatten(1, 1 + len(self._kernel)).flatten(2)).mT
-        return self._read(part, columns, 0)
-
-    def _read(self, part: slice, columns: Tensor, first: Tensor | int) -> Tensor:
-        """Values at places of the window, in groups that begin at channel ``first``."""
-        size = math.prod(self._kernel)
-        channels = torch.div(columns, size, rounding_mode="floor")
-        places = torch.unravel_index(columns - channels * size, self._kernel)
-        at: tuple[Any, ...] = (slice(None), channels + first, *places)
-        return _raised(self._windows(part)[at].flatten(2)).mT
-
-    def gather(self, part: slice, at: Coordinates) -> Tensor:
-        """Coordinates of some samples, by reading both factors at each."""
-        if self._groups == 1:
-            return super().gather(part, at)
-        width = self._left.shape[2] // self._groups
-        first = torch.div(at.rows, width, rounding_mode="floor") * self._in_group
-        return (self.left(part, at.rows) * self._read(part, at.columns, first)).sum(1)
-
-    def _lie_together(self, at: Coordinates) -> bool:
-        """As for all products; but rows of different groups read different windows."""
-        return self._groups == 1 and super()._lie_together(at)
-
-    @property
-    def _in_group(self) -> int:
-        return self._input.shape[2] // self._groups
-
-    def form(self, part: slice) -> Tensor:
-        """Form the gradients of some samples in full."""
-        if self._groups == 1:
-            return super().form(part)
-        left, right = self.left(part), self.right(part)
-        b, t = left.shape[:2]
-        split = [x.reshape(b, t, self._groups, -1).movedim(2, 1) for x in (left, right)]
-        return (split[0].mT @ split[1]).flatten(1, 2)
-
-    def costs(self, at: Coordinates) -> dict[str, tuple[float, float]]:
-        """Multiply-adds and values held of each way, for one sample."""
-        found = super().costs(at)
-        if self._groups > 1:  # rows see different columns: there is no common block
-            found.pop("block", None)
-            found.pop("dots", None)
-        copied = self._in_group * self._groups * math.prod(self._kernel) * self.positions
-        work, held = found["form"]
-        found["form"] = (work + _GATHERED * copied / 4, held + copied)
-        return found
+        return raised(_columns(self._right[part], columns))
 
 
 class Lookups(Factor):
@@ -587,7 +468,7 @@ class Lookups(Factor):
         counts = torch.searchsorted(ascending, rows, right=True) - starts
         most = int(counts.sum(1).max()) if counts.numel() else 0
         for part in _parts(len(self), 8 * len(at) + 64 * most, budget):
-            values = _raised(self._values[part])
+            values = raised(self._values[part])
             many = counts[part].flatten()
             lookup = torch.repeat_interleave(many)
             before = many.cumsum(0) - many
@@ -602,7 +483,7 @@ class Lookups(Factor):
 
     def form(self, part: slice) -> Tensor:
         """Form the gradients of some samples in full."""
-        rows, values = self._rows[part], _raised(self._values[part])
+        rows, values = self._rows[part], raised(self._values[part])
         values = values.masked_fill((rows < 0).unsqueeze(-1), 0)
         out = values.new_zeros(len(rows), self._height, values.shape[2])
         return out.scatter_add_(1, rows.clamp_min(0).unsqueeze(-1).expand_as(values), values)
@@ -772,7 +653,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _raised(values: Tensor) -> Tensor:
+def raised(values: Tensor) -> Tensor:
     """Sums run in float32 at least."""
     if values.dtype == torch.float32:
         return values

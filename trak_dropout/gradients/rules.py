@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trak_dropout.gradients.factors import Factor, Formed, Lookups, Outer, Patches, Sums
+from trak_dropout.gradients.factors import Factor, Formed, Lookups, Outer, Sums
+from trak_dropout.gradients.patches import Patches
 
 RuleFunction = Callable[[nn.Module, Sequence[Tensor], Tensor], Mapping[str, Factor]]
 
