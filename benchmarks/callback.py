@@ -142,17 +142,17 @@ class Clock:
 
 
 class Rounds(pl.Callback):
-    """After the steps of an epoch, a plain pass and a collection of each collector, timed.
+    """After the steps of an epoch, a plain pass and a collection, timed.
 
     Args:
         loader: what the plain pass runs over.
-        collectors: by projection.
+        collector: what collects.
     """
 
-    def __init__(self, loader: DataLoader, collectors: dict[str, Collector]) -> None:
-        self.loader, self.collectors = loader, collectors
+    def __init__(self, loader: DataLoader, collector: Collector) -> None:
+        self.loader, self.collector = loader, collector
         self.plain: list[Times] = []
-        self.collected: dict[str, list[Times]] = {name: [] for name in collectors}
+        self.collected: list[Times] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Module) -> None:
         """Run them; weights, gradients and running statistics are as before."""
@@ -164,12 +164,9 @@ class Rounds(pl.Callback):
         self.plain.append(clock.spent)
         for name, t in pl_module.named_buffers():
             t.copy_(held[name])
-        names = list(self.collectors)
-        turn = len(self.plain) % len(names)
-        for name in names[turn:] + names[:turn]:
-            with Clock() as clock:
-                self.collectors[name].collect_now(trainer, pl_module)
-            self.collected[name].append(clock.spent)
+        with Clock() as clock:
+            self.collector.collect_now(trainer, pl_module)
+        self.collected.append(clock.spent)
 
 
 class Collector(GradientCollector):
@@ -198,19 +195,16 @@ def fit(
     return module
 
 
-def timed(name: str, samples: int, rounds: int, k: int, chosen: list[str], store: Path) -> Any:
+def timed(name: str, samples: int, rounds: int, k: int, projection: str, store: Path) -> Any:
     """Time plain passes and collections in turn."""
-    setting = SETTINGS[name]
+    setting, (scheme, fold) = SETTINGS[name], PROJECTIONS[projection]
     data = setting.data(samples)
-    collectors = {}
-    for projection in chosen:
-        scheme, fold = PROJECTIONS[projection]
-        collectors[projection] = Collector(
-            store / projection, setting.task, k, proj_type=scheme, fold=fold, model="net"
-        )
-    watch = Rounds(DataLoader(data, setting.batch_size), collectors)
+    collector = Collector(
+        store / projection, setting.task, k, proj_type=scheme, fold=fold, model="net"
+    )
+    watch = Rounds(DataLoader(data, setting.batch_size), collector)
     # The first collection pays for what is set up once: hooks, masks, checks.
-    module = fit(name, data, rounds + 1, 4, [*collectors.values(), watch])
+    module = fit(name, data, rounds + 1, 4, [collector, watch])
     parameters = sum(p.numel() for p in module.parameters())
     return watch.plain, watch.collected, parameters, len(data)
 
@@ -236,11 +230,12 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measure a setting: a row for each projection."""
     with tempfile.TemporaryDirectory() as scratch:
-        # Each scheme in a process of its own: beside another's collections the same ones took up
-        # to a fifth longer.
-        schemes = dict.fromkeys(PROJECTIONS[projection][0] for projection in chosen)
-        groups = [[p for p in chosen if PROJECTIONS[p][0] == scheme] for scheme in schemes]
-        timings = [apart(timed, name, samples, rounds, k, group, Path(scratch)) for group in groups]
+        # Each in a process of its own, as in use: beside another's collections the same ones took
+        # up to a fifth longer.
+        timings = {
+            projection: apart(timed, name, samples, rounds, k, projection, Path(scratch))
+            for projection in chosen
+        }
         with freed_memory_given_back():
             without = apart(memory, name, samples, k, False, Path(scratch))
             held = apart(memory, name, samples, k, True, Path(scratch) / "memory")
@@ -252,10 +247,9 @@ def measure(
     }
     rows = []
     for projection in chosen:
-        plain, collected, parameters, count = next(t for t in timings if projection in t[1])
+        plain, collected, parameters, count = timings[projection]
         wall, cpu = (
-            [c[i] / p[i] for c, p in zip(collected[projection][1:], plain[1:], strict=True)]
-            for i in (0, 1)
+            [c[i] / p[i] for c, p in zip(collected[1:], plain[1:], strict=True)] for i in (0, 1)
         )
         rows.append(
             {
@@ -265,8 +259,8 @@ def measure(
                 "samples": count,
                 "proj_dim": k,
                 "plain_seconds": statistics.median(seconds for seconds, _ in plain[1:]),
-                "collect_seconds": statistics.median(s for s, _ in collected[projection][1:]),
-                "first": collected[projection][0][0] / plain[0][0],
+                "collect_seconds": statistics.median(s for s, _ in collected[1:]),
+                "first": collected[0][0] / plain[0][0],
                 **spread(wall, cpu),
                 "most": SETTINGS[name].most,
                 **(peaks if projection == DEFAULT else {}),

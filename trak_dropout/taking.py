@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trak_dropout.gradients.factors import DEFAULT_BUDGET, PIECE, Coordinates, FactoredGradient
+from trak_dropout.gradients.factors import (
+    DEFAULT_BUDGET,
+    PIECE,
+    Coordinates,
+    FactoredGradient,
+    read_columns,
+)
 from trak_dropout.masks import Mask, spans
 
 Block = Tensor | FactoredGradient
@@ -149,11 +155,7 @@ class Kept:
                 self._fold(out if part == _ALL else out[part], at, values)
             return
         if block.is_contiguous():
-            flat = block.view(len(block), block.shape[1:].numel())
-            if flat.is_cpu and torch.get_num_threads() == 1:  # faster there, but uses one only
-                taken = flat.index_select(1, self.flat)
-            else:
-                taken = flat.gather(1, self.flat.expand(len(block), -1))
+            taken = read_columns(block.view(len(block), block.shape[1:].numel()), self.flat)
         elif block.ndim > 1:  # read where it lies: reshaping would copy all of it
             axes = torch.unravel_index(self.flat, block.shape[1:])
             taken = block.movedim(0, -1)[axes].T
@@ -275,7 +277,7 @@ class Singles:
     def _table(self, vectors: Sequence[Vectors], part: slice, dtype: torch.dtype) -> Tensor:
         """All vectors of some samples below each other, ``(height, b)``."""
         given = [
-            vector[part] if read is None else vector[part].index_select(1, read)
+            vector[part] if read is None else read_columns(vector[part], read)
             for read, pair in zip(self._read, vectors, strict=True)
             for vector in pair
             if vector is not None

@@ -210,7 +210,7 @@ class Formed(Factor):
         """Compute coordinates of all samples."""
         for part in _parts(len(self.values), 8 * len(at), budget):
             values = self.values[part]
-            yield part, _ALL, raised(values.reshape(len(values), -1).index_select(1, at.flat))
+            yield part, _ALL, raised(read_columns(values.reshape(len(values), -1), at.flat))
 
     def form(self, part: slice) -> Tensor:
         """Form the gradients of some samples."""
@@ -251,7 +251,7 @@ class Sums(Factor):
             if len(at) < columns:
                 yield part, _ALL, raised(_columns(self._values[part], at.flat)).sum(1)
             else:
-                yield part, _ALL, self.form(part)[..., 0].index_select(1, at.flat)
+                yield part, _ALL, read_columns(self.form(part)[..., 0], at.flat)
 
     def form(self, part: slice) -> Tensor:
         """Form the gradients of some samples."""
@@ -385,12 +385,12 @@ class Products(Factor):
                     yield part, slice(begin, begin + len(piece)), self.gather(part, piece)
         elif way == "form":
             for part in parts:
-                yield part, _ALL, self.form(part).flatten(1).index_select(1, at.flat)
+                yield part, _ALL, read_columns(self.form(part).flatten(1), at.flat)
         else:
             rows, columns = at.distinct_rows[0], at.distinct_columns[0]
             for part in parts:
                 block = self.block(part, rows, columns).flatten(1)
-                yield part, _ALL, block.index_select(1, at.in_block)
+                yield part, _ALL, read_columns(block, at.in_block)
 
 
 class Outer(Products):
@@ -643,10 +643,15 @@ def _columns(values: Tensor, which: Tensor | None) -> Tensor:
     if which is None:
         return values
     # Of a matrix, columns are read many times faster than of a tensor with three dimensions.
-    if values.shape[1] == 1:
-        return values[:, 0].index_select(1, which).unsqueeze(1)
-    taken = values.flatten(0, 1).index_select(1, which)
+    taken = read_columns(values.flatten(0, 1), which)
     return taken.view(*values.shape[:2], taken.shape[1])
+
+
+def read_columns(matrix: Tensor, which: Tensor) -> Tensor:
+    """Some columns of a matrix, ``(n, d)`` to ``(n, c)``."""
+    if matrix.is_cpu and torch.get_num_threads() == 1:  # faster there, but uses one only
+        return matrix.index_select(1, which)
+    return matrix.gather(1, which.expand(len(matrix), -1))
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

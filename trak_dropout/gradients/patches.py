@@ -94,6 +94,10 @@ class Patches(Products):
         What a place of the window meets is in one grid, where it follows one another but for gaps.
         Everything from the first to the last is copied at once, which is much faster than without
         the gaps; they meet zeros.
+
+        Args:
+            part: samples.
+            at: the coordinates whose rows and columns are needed.
         """
         rows, run, grids = at.lines[0], self._run, self._grids(part)
         samples, n, entries = grids.shape
