@@ -72,11 +72,11 @@ class Coordinates:
 
     @cached_property
     def lines(self) -> tuple[Tensor | None, Tensor | None]:
-        """Rows and columns that occur; None where they are so many that all are read as well."""
+        """Rows and columns that occur; None where most do, because all cost as little then."""
         rows, columns = self.distinct_rows[0], self.distinct_columns[0]
         return (
-            None if 8 * len(rows) > self.shape[0] else rows,
-            None if 8 * len(columns) > self.shape[1] else columns,
+            None if 4 * len(rows) > 3 * self.shape[0] else rows,
+            None if 4 * len(columns) > 3 * self.shape[1] else columns,
         )
 
     @cached_property
