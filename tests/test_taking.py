@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import trak_dropout as td
-from trak_dropout.gradients import factors
+from trak_dropout.gradients import factors, patches
 from trak_dropout.gradients.factors import (
     Coordinates,
     FactoredGradient,
@@ -34,20 +34,22 @@ def convolution(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     each: int = 1,
+    groups: int = 1,
+    mode: str = "constant",
 ) -> tuple[Products, Tensor]:
     """The factor, and gradients of the sum of outputs times ``left``, sample by sample."""
-    inputs = torch.randn(4, each, 3, *size, dtype=torch.float64)
-    weight = torch.randn(5, 3, *kernel, dtype=torch.float64, requires_grad=True)
-    settings = {"stride": stride, "dilation": dilation, "padding": padding}
+    inputs = torch.randn(4, each, 3 * groups, *size, dtype=torch.float64)
+    weight = torch.randn(5 * groups, 3, *kernel, dtype=torch.float64, requires_grad=True)
+    settings = {"stride": stride, "dilation": dilation, "groups": groups}
     run = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(size) - 1]
+    around = [side for one in reversed(padding) for side in (one, one)]
     rows = []
     left: list[Tensor] = []
     for sample in inputs:
-        output = run(sample, weight, **settings)
+        output = run(nn.functional.pad(sample, around, mode), weight, **settings)
         left.append(torch.randn_like(output).detach())
         rows.append(torch.autograd.grad((output * left[-1]).sum(), weight)[0].flatten(1))
-    around = [side for one in reversed(padding) for side in (one, one)]
-    factor = Patches(torch.stack(left), inputs, around, "constant", kernel, stride, dilation, 1)
+    factor = Patches(torch.stack(left), inputs, around, mode, kernel, stride, dilation, groups)
     return factor, torch.stack(rows)
 
 
@@ -63,6 +65,10 @@ FACTORS = [
             ((7, 8), (1, 1), (3, 2), (1, 1), (0, 0)),
             ((17,), (4,), (3,), (2,), (5,)),
             ((5, 4, 6), (2, 1, 3), (2, 1, 1), (1, 1, 2), (1, 0, 2)),
+            ((9, 7), (3, 2), (2, 1), (1, 2), (2, 1), 2, 1, "reflect"),
+            ((6, 7), (3, 3), (1, 2), (1, 1), (1, 2), 1, 1, "circular"),
+            ((6, 7), (3, 2), (1, 1), (1, 1), (1, 0), 2, 4),
+            ((8, 7), (2, 2), (2, 1), (2, 1), (1, 1), 1, 2, "replicate"),
         )
     ),
 ]
@@ -77,8 +83,9 @@ def test_every_way_gives_the_same(number: int, count: int, monkeypatch: pytest.M
     which = torch.randint(flat.shape[1], (count,))  # in no order, some of them twice
     seen = set()
     for room in (1, 2**23):  # a sample at a time, or all at once
-        monkeypatch.setattr(factors, "_LAID_OUT", room)
-        monkeypatch.setattr(factors, "PIECE", room)
+        limited = [(factors, "_LAID_OUT"), (factors, "PIECE"), (patches, "_INDICES")]
+        for module, name in limited:
+            monkeypatch.setattr(module, name, room)
         for way in factor.costs(Coordinates(which, *formed.shape[1:])):
             at = Coordinates(which, *formed.shape[1:])
             monkeypatch.setattr(
@@ -90,14 +97,15 @@ def test_every_way_gives_the_same(number: int, count: int, monkeypatch: pytest.M
             for part, columns, values in factor.take(at, 2**20):
                 found[part, columns] += values
             monkeypatch.undo()
-            monkeypatch.setattr(factors, "_LAID_OUT", room)
-            monkeypatch.setattr(factors, "PIECE", room)
+            for module, name in limited:
+                monkeypatch.setattr(module, name, room)
             torch.testing.assert_close(found, flat[:, which], rtol=1e-12, atol=1e-12)
             seen.add(way)
     positions = factor.positions > 1
     assert {"gather", "form"} <= seen
     few = count <= math.prod(Coordinates(which, *formed.shape[1:]).laid_out)
-    assert ("dots" in seen) == (positions and few)
+    grouped = getattr(factor, "_groups", 1) > 1  # no two rows of a group see the same columns
+    assert ("dots" in seen) == (positions and few and not grouped)
 
 
 def gradients(samples: int, dtype: torch.dtype) -> tuple[FactoredGradients, dict[str, Tensor]]:

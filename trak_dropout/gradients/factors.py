@@ -23,9 +23,10 @@ DEFAULT_BUDGET = 32 * 2**20
 
 # What a way of taking coordinates costs, in multiply-adds of a matrix product: reading one product
 # of a gather, the same with all samples of a coordinate together, writing one entry of a block, a
-# multiply-add of a product of two lines and what comes on top for each, and the calls for a sample.
-# Measured on CPUs.
-GATHERED, _TOGETHER, _WRITTEN, _DOT, _BEGUN, _CALLED = 80, 20, 40, 5, 120, 10**5
+# multiply-add of a product of two lines and what comes on top for each, and the calls for a batch.
+# Measured on CPUs, calls with other things in the caches.
+GATHERED, _TOGETHER, _WRITTEN, _DOT, _BEGUN = 80, 20, 40, 5, 120
+_CALLS = {"gather": 1.5e7, "form": 3e7, "block": 4e7, "dots": 3e7}
 
 # Bytes of a piece of values that stays in a core's cache, and below what an allocator takes from
 # the operating system anew each time; and of the lines that are laid out at a time.
@@ -50,7 +51,7 @@ class Coordinates:
         self._patterns: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._count = flat.numel()
         self.ways: dict[Any, tuple[str, float]] = {}  # chosen before, of products of the same size
-        self.starts: dict[Any, Tensor] = {}  # of columns, in windows of the same kind
+        self.known: dict[Any, Any] = {}  # worked out before, by the same kind of products
 
     def __len__(self) -> int:
         return self._count
@@ -333,7 +334,7 @@ class Products(Factor):
         return self.block(part, None, None)
 
     def costs(self, at: Coordinates) -> dict[str, tuple[float, float]]:
-        """Multiply-adds and values held of each way, for one sample."""
+        """Multiply-adds and values held of each way, for one sample, without those of calls."""
         rows, columns = at.shape
         read = _TOGETHER if self._lie_together(at) else GATHERED * self.positions
         found: dict[str, tuple[float, float]] = {
@@ -351,7 +352,7 @@ class Products(Factor):
         if self.positions > 1 and self.on_cpu and len(at) <= r * c:  # a sparse matrix has no more
             copied = (r + c) * self.line
             found["dots"] = (
-                _CALLED + (_DOT * self.line + _BEGUN) * len(at) + self.laying * copied,
+                (_DOT * self.line + _BEGUN) * len(at) + self.laying * copied,
                 2 * len(at) + copied,
             )
         return found
@@ -362,12 +363,14 @@ class Products(Factor):
 
     def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
         """Compute coordinates of all samples in the cheapest way."""
-        key = type(self), self.positions, budget, self.on_cpu
+        key = type(self), len(self), self.positions, budget, self.on_cpu
         if key not in at.ways:
             costs = self.costs(at)
             # A way that could not hold a single sample within the budget is not open.
             ways = [way for way in costs if 8 * (costs[way][1] + len(at)) <= budget]
-            cheapest = min(ways, key=lambda name: costs[name][0], default="gather")
+            cheapest = min(
+                ways, key=lambda way: costs[way][0] + _CALLS[way] / len(self), default="gather"
+            )
             at.ways[key] = cheapest, 8 * (costs[cheapest][1] + len(at))
         way, held = at.ways[key]
         parts = _parts(len(self), held, budget)

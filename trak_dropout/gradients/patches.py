@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trak_dropout.gradients.factors import GATHERED, Coordinates, Products, raised
+from trak_dropout.gradients.factors import (
+    GATHERED,
+    Coordinates,
+    Products,
+    raised,
+    read_columns,
+)
+
+_INDICES = 2**17
+"""Entries that may be told by number, for a piece of coordinates."""
 
 
 class Patches(Products):
@@ -48,17 +57,21 @@ class Patches(Products):
         self._groups = groups
         self._kernel, self._stride, self._dilation = tuple(kernel), tuple(stride), tuple(dilation)
 
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        """How windows lie in the padded input."""
+        return self._kernel, self._stride, self._dilation, tuple(self._padding)
+
     def _padded(self, part: slice) -> Tensor:
         """The padded input ``(b, N, in_channels, *size)`` of some samples."""
-        values = self._input[part]
-        if any(self._padding):
-            flat = nn.functional.pad(values.flatten(0, 1), self._padding, mode=self._mode)
-            values = flat.view(*values.shape[:2], *flat.shape[1:])
-        return values
+        return _pad(self._input[part], self._padding, self._mode)
 
     def _windows(self, part: slice) -> Tensor:
         """Windows ``(b, channels, *kernel, N, *out)`` of some samples."""
-        values = self._padded(part)
+        return self._windows_of(self._padded(part))
+
+    def _windows_of(self, values: Tensor) -> Tensor:
+        """Windows of padded inputs."""
         strides = values.stride()
         windows = values.as_strided(
             (*values.shape[:3], *self._kernel, *self._left.shape[3:]),
@@ -123,8 +136,8 @@ class Patches(Products):
 
     def _starts(self, at: Coordinates) -> Tensor:
         """Where the first entry that each column meets is among those of all grids."""
-        key = self._kernel, self._stride, self._dilation, self._grid
-        if key not in at.starts:
+        key = "starts", *self._kind, self._grid
+        if key not in at.known:
             columns = at.lines[1]
             if columns is None:
                 columns = torch.arange(at.shape[1], device=at.flat.device)
@@ -134,8 +147,9 @@ class Patches(Products):
                 start = start * stride + place * dilation % stride
             for (place, dilation, stride), size in zip(ways, self._grid, strict=True):
                 start = start * size + place * dilation // stride
-            at.starts[key] = start
-        return at.starts[key]
+            at.known[key] = start
+        started: Tensor = at.known[key]
+        return started
 
     def _places(self, columns: Tensor) -> tuple[Tensor, ...]:
         """Channels of columns, and places in the window."""
@@ -182,11 +196,48 @@ class Patches(Products):
 
     def gather(self, part: slice, at: Coordinates) -> Tensor:
         """Coordinates of some samples, by reading both factors at each."""
+        if self._indexed(at):
+            left = self._left[part].flatten(3)
+            right, inside = self._sources(at)
+            b, n = left.shape[:2]
+            values = raised(left.flatten(0, 1).index_select(1, at.rows))
+            values *= read_columns(self._input[part].flatten(0, 1).flatten(1), right).view_as(
+                values
+            )
+            if inside is not None:
+                values *= inside
+            return values.sum(2).view(b, n, -1).sum(1)
         if self._groups == 1:
             return super().gather(part, at)
         width = self._left.shape[2] // self._groups
         first = torch.div(at.rows, width, rounding_mode="floor") * self._in_group
         return (self.left(part, at.rows) * self._read(part, at.columns, first)).sum(1)
+
+    def _indexed(self, at: Coordinates) -> bool:
+        """Whether coordinates are so few that each entry they read can be told by its number."""
+        return len(at) * math.prod(self._left.shape[3:]) <= _INDICES
+
+    def _sources(self, at: Coordinates) -> tuple[Tensor, Tensor | None]:
+        """Which entries of the input coordinates read, one position after the other.
+
+        Returns:
+            Numbers ``(c * positions,)``, and zero where there is none, ``(c, positions)``; None
+            where that is nowhere.
+        """
+        key = "sources", *self._kind, self._input.shape[2:], self._mode, self._groups
+        if key not in at.known:
+            shape = self._input.shape[3:]
+            numbers = torch.arange(math.prod(shape), dtype=torch.float64).view(1, 1, 1, *shape)
+            channels, *places = self._places(at.columns.cpu())
+            numbers = _pad(numbers, self._padding, self._mode, -1.0)
+            first: tuple[Any, ...] = (0, 0, *places)
+            each = self._windows_of(numbers)[first].flatten(1).long()
+            width = self._left.shape[2] // self._groups
+            channels += torch.div(at.rows.cpu(), width, rounding_mode="floor") * self._in_group
+            index = channels.unsqueeze(1) * math.prod(shape) + each.clamp_min(0)
+            inside = None if bool((each >= 0).all()) else (each >= 0).to(self._left)
+            at.known[key] = index.flatten().to(at.flat.device), inside
+        return at.known[key]
 
     def _lie_together(self, at: Coordinates) -> bool:
         """As for all products; but rows of different groups read different windows."""
@@ -206,20 +257,33 @@ class Patches(Products):
         return (split[0].mT @ split[1]).flatten(1, 2)
 
     def costs(self, at: Coordinates) -> dict[str, tuple[float, float]]:
-        """Multiply-adds and values held of each way, for one sample."""
+        """Multiply-adds and values held of each way, for one sample, without those of calls."""
         found = super().costs(at)
         if self._groups > 1:  # rows see different columns: there is no common block
             found.pop("block", None)
             found.pop("dots", None)
         channels = self._in_group * self._groups
-        if "dots" in found and max(self._stride) > 1:  # the input is laid out anew
-            work, held = found["dots"]
-            entries = channels * self._input.shape[1] * math.prod((*self._grid, *self._stride))
-            found["dots"] = work + GATHERED / 4 * entries, held + entries
+        entries = channels * self._input.shape[1] * math.prod((*self._grid, *self._stride))
         copied = channels * math.prod(self._kernel) * self.positions
-        work, held = found["form"]
-        found["form"] = (work + GATHERED * copied / 4, held + copied)
-        return found
+        on_top = {
+            "gather": 0 if self._indexed(at) or not any(self._padding) else entries,
+            "block": entries if any(self._padding) else 0,
+            "form": copied + (entries if any(self._padding) else 0),
+            "dots": entries * (any(self._padding) + (max(self._stride) > 1)),
+        }
+        return {
+            way: (work + GATHERED / 4 * on_top[way], held + on_top[way])
+            for way, (work, held) in found.items()
+        }
+
+
+def _pad(values: Tensor, padding: Sequence[int], mode: str, value: float = 0.0) -> Tensor:
+    """Pad ``(b, N, channels, *in)``."""
+    if not any(padding):
+        return values
+    value = value if mode == "constant" else 0.0
+    flat = nn.functional.pad(values.flatten(0, 1), padding, mode, value)
+    return flat.view(*values.shape[:2], *flat.shape[1:])
 
 
 def _steps(size: Sequence[int]) -> list[int]:
