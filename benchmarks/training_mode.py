@@ -92,7 +92,11 @@ class Turns(pl.Callback):
 
     def _wait(self) -> None:
         with self.state["changed"]:
-            self.state["changed"].wait_for(lambda: self.state["turn"] == self.name)
+            self.state["changed"].wait_for(
+                lambda: self.state["turn"] == self.name or self.state["failures"]
+            )
+        if self.state["failures"]:
+            raise RuntimeError("another fit failed")
 
     def _pass_on(self) -> None:
         following = self.order[(self.order.index(self.name) + 1) % len(self.order)]
@@ -156,8 +160,8 @@ def measure(setting: str, k: int, scheme: str, options: argparse.Namespace) -> d
         "changed": threading.Condition(),
         "turn": "plain",
         "seconds": {name: [] for name in names},
+        "failures": [],
     }
-    failures: list[BaseException] = []
 
     def fit(name: str, folder: str) -> None:
         try:
@@ -180,9 +184,8 @@ def measure(setting: str, k: int, scheme: str, options: argparse.Namespace) -> d
                 enable_model_summary=False,
             ).fit(module, DataLoader(dataset, batch_size, shuffle=True))
         except BaseException as error:
-            failures.append(error)
             with state["changed"]:
-                state["turn"] = names[1 - names.index(name)]
+                state["failures"].append(error)
                 state["changed"].notify_all()
             raise
 
@@ -192,8 +195,8 @@ def measure(setting: str, k: int, scheme: str, options: argparse.Namespace) -> d
             thread.start()
         for thread in threads:
             thread.join()
-    if failures:
-        raise failures[0]
+    if state["failures"]:
+        raise state["failures"][0]
     plain, collected = (state["seconds"][name][1:] for name in names)
     wall, cpu = (
         [ours[i] / theirs[i] for ours, theirs in zip(collected, plain, strict=True)] for i in (0, 1)
