@@ -25,7 +25,7 @@ from trak.projectors import BasicProjector
 
 import trak_dropout as td
 from trak_dropout import CausalLMOutput, FactoredGradientComputer, FactorError, LossOutput
-from trak_dropout.gradients import Outer, factored, rule
+from trak_dropout.gradients import Outer, rule
 from trak_dropout.gradients.intake import Intake
 from trak_dropout.gradients.rules import _RULES
 from trak_dropout.outputs import batch_output_of
@@ -1213,14 +1213,3 @@ def test_out_to_loss_gradients_take_no_second_forward(temperature: float) -> Non
     assert computer.compute_loss_grad(batches[0]).shape == (9, 1)
     other = computer.compute_loss_grad([part.clone() for part in batches[1]])
     torch.testing.assert_close(other, theirs, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [3, 7, 30])
-def test_large_entries_are_found_a_part_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    monkeypatch.setattr(factored, "_PART", 7)
-    flat = torch.randn(size, generator=torch.Generator().manual_seed(size))
-    places, largest = factored._largest(flat, 3)
-    assert set(places.tolist()) == set(flat.abs().topk(3).indices.tolist())
-    assert largest == float(flat.abs().max())

@@ -478,6 +478,26 @@ def test_the_trial_tells_the_reduction(case: str) -> None:
         check_samples(model, shares, names, layouts, lambda w: mean(w).square())
 
 
+def test_rounding_over_a_kink_is_no_error() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 7), torch.randn(3, 5)
+    names = names_of(model)
+    shares = DropoutProjector.from_model(model, 30, fold=1).shares(0, "cpu")
+
+    def loss_of(which: Any, shift: float, weight: float) -> Tensor:
+        y = model(x[list(which)])
+        near = y - y.detach() + (shift if len(which) > 1 else -shift)
+        return y.square().sum(1).mean() + weight * near.relu().sum(1).mean()
+
+    layouts = find_layouts(model, names, lambda count: loss_of(range(count), 1e-9, 0.01))
+    assert check_samples(model, shares, names, layouts, lambda w: loss_of(w, 1e-9, 0.01)) == "mean"
+    for shift, weight in ((0.1, 0.01), (1e-9, 3.0)):  # another loss; more than a few units
+        with pytest.raises(FactorError, match="depends on others"):
+            check_samples(
+                model, shares, names, layouts, lambda w, s=shift, b=weight: loss_of(w, s, b)
+            )
+
+
 def test_samples_that_change_places_are_noticed() -> None:
     """Two views one after the other: rows of the first half belong to other samples."""
     model = nn.Linear(3, 2).double()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from trak.modelout_functions import AbstractModelOutput
 
+from trak_dropout.gradients.alone import TOLERANCE, Alone, Coordinates, Single, least_precise
 from trak_dropout.gradients.dense import BatchError, DenseGradientComputer, check_batch, refused
 from trak_dropout.gradients.factors import (
     DEFAULT_BUDGET,
@@ -44,10 +45,6 @@ from trak_dropout.gradients.taps import (
 from trak_dropout.outputs import batch_output_of, out_to_loss_of
 
 _LOG = logging.getLogger(__name__)
-# Relative to the largest entry of the parameter's gradient, by the least precise type involved.
-_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
-_CHECKED = 32
-_PART = 2**15
 _FEW = 2  # samples on which ways are found where factors are not to be held
 
 
@@ -220,7 +217,7 @@ class FactoredGradientComputer(DenseGradientComputer):
                 if due and known.batched and (fresh or not other):
                     self._check_weighted(known, self._batch, shares, rows)
                 if alone is not None:
-                    known.checked |= alone.compare(known)
+                    known.checked |= self._agree(known, self._batch, alone)
                 return self._with_formed(rows, exact, shares)
         except torch.OutOfMemoryError:
             raise
@@ -559,10 +556,13 @@ class FactoredGradientComputer(DenseGradientComputer):
 
         return output
 
-    def _batch_output(self, batch: Sequence[Tensor]) -> Tensor:
+    def _batch_output(
+        self, batch: Sequence[Tensor], weights: dict[str, Tensor] | None = None
+    ) -> Tensor:
         output = batch_output_of(self.modelout_fn)
         assert output is not None
-        values = output(self.model, self._weights, self.func_buffers, *batch)
+        weights = self._weights if weights is None else weights
+        values = output(self.model, weights, self.func_buffers, *batch)
         if values.shape != batch[0].shape[:1]:
             raise FactorError(
                 f"get_batch_output of {type(self.modelout_fn).__name__} returned shape "
@@ -594,7 +594,7 @@ class FactoredGradientComputer(DenseGradientComputer):
         batch: Sequence[Tensor],
         shares: Shares,
         weights: Tensor | None = None,
-        alone: _Alone | None = None,
+        alone: Alone | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compressed gradients without those formed, and these; ``alone`` sees what is found."""
         samples, wanted = len(batch[0]), self._wanted()
@@ -730,7 +730,7 @@ class FactoredGradientComputer(DenseGradientComputer):
         weights = _weights_of(count, batch[0].device)
         recorder = Recorder(list(self._wanted()))
         self._run_batched(plan, batch, recorder, weights)
-        tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
+        tolerance = TOLERANCE[least_precise([plan.lowest, torch.float32])]
         # Formed gradients that cancel, such as those of the bias of attention's keys or of a
         # convolution before instance normalization, are noise beside the whole gradient.
         noise = 1e-3 * overall
@@ -775,51 +775,83 @@ class FactoredGradientComputer(DenseGradientComputer):
         for name, gradient in grads.factored.items():
             if name not in plan.exact:
                 alone.see(name, gradient)
-        plan.checked |= alone.compare(plan)
+        plan.checked |= self._agree(plan, batch, alone)
 
-    def _alone(self, plan: _Plan, batch: Sequence[Tensor], which: Sequence[int]) -> _Alone:
-        """Run some samples by plain autograd."""
+    def _alone(self, plan: _Plan, batch: Sequence[Tensor], which: Sequence[int]) -> Alone:
+        """Run some samples by plain autograd, each by itself."""
         names = [name for name in self._wanted() if name not in plan.exact]
-        samples = {i: self._autograd_at([part[i] for part in batch], names) for i in which}
-        return _Alone(samples, {name: self._weights[name].dtype for name in names})
+        samples = {}
+        for i in which:
+            found: dict[str, Coordinates] = {}
 
-    def _autograd_at(self, sample: Sequence[Tensor], names: Sequence[str]) -> dict[str, Coordinate]:
-        """Some coordinates of one sample's gradients by plain autograd.
+            def look(name: str, grad: Tensor, found: Any = found) -> None:
+                found[name] = Coordinates.of(grad)
 
-        Each gradient is let go as it comes: all of them together are as large as the model.
+            sample = [part[i] for part in batch]
+            output = self._each_gradient(
+                lambda weights, sample=sample: self.modelout_fn.get_output(  # type: ignore[misc]
+                    self.model, weights, self.func_buffers, *sample
+                ),
+                names,
+                look,
+            )
+            samples[i] = Single(output, {name: found[name] for name in names if name in found})
+        return Alone(samples, {name: self._weights[name].dtype for name in names})
+
+    def _agree(self, plan: _Plan, batch: Sequence[Tensor], alone: Alone) -> bool:
+        """Return whether what was found is what plain autograd says, and it says something."""
+
+        def output_of(i: int, weights: dict[str, Tensor]) -> Tensor:
+            if plan.batched:
+                return self._batch_output(batch, weights)[i]
+            mapped = torch.func.vmap(
+                self._output_of({}), in_dims=(None, *[0] * len(batch)), randomness="different"
+            )
+            outputs: Tensor = mapped(weights, *batch)
+            return outputs[i]
+
+        def within(i: int, which: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+            found: dict[str, Tensor] = {}
+
+            def look(name: str, grad: Tensor) -> None:
+                found[name] = grad[which[name]].double()
+
+            return self._each_gradient(functools.partial(output_of, i), list(which), look), found
+
+        return alone.agrees(plan.lowest, within, _before(plan))
+
+    def _each_gradient(
+        self,
+        output_of: Callable[[dict[str, Tensor]], Tensor],
+        names: Sequence[str],
+        look: Callable[[str, Tensor], None],
+    ) -> float:
+        """Have all gradients of an output, flattened, looked at; returns the output.
+
+        Each is let go as it comes: all of them together are as large as the model.
         """
-        found: dict[str, Coordinate] = {}
         varied = {
             name: self._weights[name].detach().requires_grad_()
             for name in names
             if self._weights[name].numel()
         }
-
-        def look(name: str, grad: Tensor | None) -> None:
-            weight = varied[name]
-            flat = torch.zeros_like(weight) if grad is None else grad
-            flat = (flat.to_dense() if flat.is_sparse else flat).flatten()
-            few = min(_CHECKED, len(flat))
-            spread = torch.arange(few, device=flat.device) * len(flat) // few
-            largest, size = _largest(flat, few)
-            which = torch.unique(torch.cat([largest, spread]))
-            found[name] = which, flat[which].double(), size
+        seen = set()
 
         def arrived(weight: Tensor, name: str) -> None:
             grad, weight.grad = weight.grad, None
-            look(name, grad)
+            assert grad is not None
+            seen.add(name)
+            look(name, (grad.to_dense() if grad.is_sparse else grad).flatten())
 
         for name, weight in varied.items():
             weight.register_post_accumulate_grad_hook(functools.partial(arrived, name=name))
         with _for_gradients(self.model, varied):
-            output = self.modelout_fn.get_output(
-                self.model, {**self._weights, **varied}, self.func_buffers, *sample
-            )
+            output = output_of({**self._weights, **varied})
             if varied and output.requires_grad:  # nothing but these gets a gradient
-                output.sum().backward(inputs=list(varied.values()))
-        for name in varied.keys() - found.keys():
-            look(name, None)
-        return {name: found[name] for name in varied}
+                output.sum().backward(inputs=list(varied.values()))  # type: ignore[no-untyped-call]
+        for name in varied.keys() - seen:
+            look(name, torch.zeros_like(varied[name]).flatten())
+        return float(output.detach().sum())
 
 
 class _Plan:
@@ -844,71 +876,6 @@ class _Plan:
     def due(self) -> bool:
         """Whether this batch is the first, second, fourth, eighth ... one."""
         return self.runs & (self.runs - 1) == 0
-
-
-Coordinate = tuple[Tensor, Tensor, float]
-"""Some coordinates of one sample's gradient of a parameter, which they are and their values in
-float64, and the size of the gradient's largest entry."""
-
-
-class _Alone:
-    """What plain autograd says of some samples, each by itself, and what is found of them.
-
-    Args:
-        samples: by their place in the batch coordinates of each parameter.
-        dtypes: of the parameters.
-
-    Attributes:
-        overall: the size of the largest entry of all their gradients.
-    """
-
-    def __init__(
-        self, samples: dict[int, dict[str, Coordinate]], dtypes: dict[str, torch.dtype]
-    ) -> None:
-        self._samples, self._dtypes = samples, dtypes
-        sizes = (size for found in samples.values() for _, _, size in found.values())
-        self.overall = max(filter(math.isfinite, sizes), default=0.0)
-        self._found = {
-            i: {name: torch.zeros_like(values) for name, (_, values, _) in expected.items()}
-            for i, expected in samples.items()
-        }
-
-    def see(self, name: str, gradient: FactoredGradient) -> None:
-        """Take note of a contribution to the batch's gradients of a parameter."""
-        for i, expected in self._samples.items():
-            if name not in expected:
-                continue
-            for part, at, taken in gradient.take(gradient.coordinates(expected[name][0])):
-                samples = range(len(gradient))[part]
-                if i in samples:
-                    self._found[i][name][at] += taken[samples.index(i)]
-
-    def compare(self, plan: _Plan) -> bool:
-        """Return whether all is as it should be and there was something to see.
-
-        Raises:
-            FactorError: something differs.
-        """
-        checked = True
-        for i, expected in self._samples.items():
-            overall = max((largest for _, _, largest in expected.values()), default=0.0)
-            if not all(math.isfinite(largest) for _, _, largest in expected.values()):
-                checked = False
-                continue
-            checked &= overall > 0 or not self._dtypes  # zeros tell nothing
-            for name, (_, values, largest) in expected.items():
-                tolerance = _TOLERANCE.get(_least([self._dtypes[name], plan.lowest]), 0.15)
-                error = float((self._found[i][name] - values).abs().max())
-                if not error <= tolerance * (largest + 1e-3 * overall):
-                    raise FactorError(
-                        f"the gradient of {name} (sample {i} of the batch) differs from autograd's "
-                        f"by {error:.3g}, where its largest entry is {largest:.3g}. Its "
-                        "layer is not what its rule takes it for, or the output of a sample "
-                        "depends on others, or the model is random in its present mode (call "
-                        f"model.eval()). FactoredGradientComputer(exact=[{name!r}]) forms this "
-                        f"gradient without a rule; or leave {name} out of grad_wrt{_before(plan)}"
-                    )
-        return checked
 
 
 def _run_again(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> dict[str, Factor]:
@@ -985,7 +952,7 @@ def _weights_of(samples: int, device: torch.device) -> Tensor:
 
 def _differ(plan: _Plan, found: Tensor, expected: Tensor) -> bool:
     """Whether compressed gradients differ by more than rounding."""
-    tolerance = _TOLERANCE[_least([plan.lowest, torch.float32])]
+    tolerance = TOLERANCE[least_precise([plan.lowest, torch.float32])]
     error, size = float((found - expected).abs().max()), float(expected.abs().max())
     # The projector names samples with gradients that are not finite.
     return math.isfinite(error) and not error <= tolerance * size
@@ -999,23 +966,6 @@ def _taken(grads: FactoredGradients, shares: Shares, samples: int) -> Tensor:
     return intake.finish()
 
 
-def _largest(flat: Tensor, few: int) -> tuple[Tensor, float]:
-    """Where the entries of largest magnitude are, and the largest magnitude.
-
-    A part at a time: looking for the largest of all at once takes several times their memory.
-    """
-    parts = torch.split(flat, _PART)
-    found = [part.abs().topk(min(few, len(part))) for part in parts]
-    values = torch.cat([values for values, _ in found])
-    places = torch.cat([places + i * _PART for i, (_, places) in enumerate(found)])
-    return places[values.topk(few).indices], float(values.max())
-
-
 def _before(plan: _Plan) -> str:
     """What an error that shows on a later batch means for those before."""
     return ". Rows of batches before it may be wrong, too" if plan.runs > 1 else ""
-
-
-def _least(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The least precise of some types."""
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
