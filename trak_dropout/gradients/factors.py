@@ -30,7 +30,7 @@ _CALLS = {"gather": 1.5e7, "form": 3e7, "block": 4e7, "dots": 3e7}
 
 # Bytes of a piece of values that stays in a core's cache, and below what an allocator takes from
 # the operating system anew each time; and of the lines that are laid out at a time.
-PIECE, _LAID_OUT = 2**20, 2**23
+PIECE, _LAID_OUT = 2**20, 2**24
 
 
 class Coordinates:
