@@ -24,9 +24,11 @@ DEFAULT_BUDGET = 32 * 2**20
 # What a way of taking coordinates costs, in multiply-adds of a matrix product: reading one product
 # of a gather, the same with all samples of a coordinate together, writing one entry of a block, a
 # multiply-add of a product of two lines and what comes on top for each, and the calls for a batch.
-# Measured on CPUs, calls with other things in the caches.
+# Measured on CPUs, calls with other things in the caches. Calls are shared by a batch of the usual
+# size, whatever its own is: rows must not depend on that.
 GATHERED, _TOGETHER, _WRITTEN, _DOT, _BEGUN = 80, 20, 40, 5, 120
 _CALLS = {"gather": 1.5e7, "form": 3e7, "block": 4e7, "dots": 3e7}
+_USUAL = 32
 
 # Bytes of a piece of values that stays in a core's cache, and below what an allocator takes from
 # the operating system anew each time; and of the lines that are laid out at a time.
@@ -363,13 +365,13 @@ class Products(Factor):
 
     def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
         """Compute coordinates of all samples in the cheapest way."""
-        key = type(self), len(self), self.positions, budget, self.on_cpu
+        key = type(self), self.positions, budget, self.on_cpu
         if key not in at.ways:
             costs = self.costs(at)
             # A way that could not hold a single sample within the budget is not open.
             ways = [way for way in costs if 8 * (costs[way][1] + len(at)) <= budget]
             cheapest = min(
-                ways, key=lambda way: costs[way][0] + _CALLS[way] / len(self), default="gather"
+                ways, key=lambda way: costs[way][0] + _CALLS[way] / _USUAL, default="gather"
             )
             at.ways[key] = cheapest, 8 * (costs[cheapest][1] + len(at))
         way, held = at.ways[key]
