@@ -108,6 +108,25 @@ def test_every_way_gives_the_same(number: int, count: int, monkeypatch: pytest.M
     assert ("dots" in seen) == (positions and few and not grouped)
 
 
+def test_inputs_that_skip_entries_in_memory() -> None:
+    """Of which a flat view has steps, where it is one."""
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 1, 3, 6, 10, dtype=torch.float64)[..., ::2]
+    left = torch.randn(4, 1, 5, 5, 4, dtype=torch.float64)
+    factor = Patches(left, inputs, [0] * 4, "constant", (2, 2), (1, 1), (1, 1), 1)
+    at = Coordinates(torch.arange(60), 5, 12)
+    torch.testing.assert_close(factor.dots(slice(None), at), factor.form(slice(None)).flatten(1))
+
+
+def test_what_is_kept_for_sizes_of_inputs_is_bounded() -> None:
+    at = Coordinates(torch.arange(5), 5, 3)
+    for length in range(4, 40):
+        inputs, left = torch.randn(2, 1, 1, length), torch.randn(2, 1, 5, length - 2)
+        factor = Patches(left, inputs, [0, 0], "constant", (3,), (1,), (1,), 1)
+        factor.gather(slice(None), at), factor.dots(slice(None), at)
+    assert len(at._known) <= 8
+
+
 def gradients(samples: int, dtype: torch.dtype) -> tuple[FactoredGradients, dict[str, Tensor]]:
     """Factors of all kinds, those with a single position among them, and what they stand for."""
     a, b, c, d = (torch.randn(samples, n, dtype=dtype) for n in (6, 9, 4, 11))

@@ -21,8 +21,8 @@ _ROUNDINGS, _FURTHEST = 1e3, 0.05
 
 
 @dataclass(frozen=True)
-class Coordinates:
-    """Some coordinates of one sample's gradient of a parameter.
+class Entries:
+    """Some entries of one sample's gradient of a parameter.
 
     Args:
         which: their numbers, int64 ``(c,)``.
@@ -35,7 +35,7 @@ class Coordinates:
     largest: float
 
     @classmethod
-    def of(cls, flat: Tensor) -> Coordinates:
+    def of(cls, flat: Tensor) -> Entries:
         """Choose those of a flattened gradient: its largest, and some from everywhere."""
         few = min(_LOOKED_AT, len(flat))
         spread = torch.arange(few, device=flat.device) * len(flat) // few
@@ -54,7 +54,7 @@ class Single:
     """
 
     output: float
-    gradients: Mapping[str, Coordinates]
+    gradients: Mapping[str, Entries]
 
 
 Within = Callable[[int, dict[str, Tensor]], tuple[float, dict[str, Tensor]]]
@@ -119,7 +119,12 @@ class Alone:
             expected = {name: g.values for name, g in gradients.items()}
             error = self._difference(i, expected, overall, lowest, before)
             if error is not None:
-                output, expected = within(i, {name: g.which for name, g in gradients.items()})
+                try:
+                    output, expected = within(i, {name: g.which for name, g in gradients.items()})
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as failure:  # what differs is the more telling
+                    raise error from failure
                 if self._apart(output, single.output, lowest):
                     raise error
                 if self._difference(i, expected, overall, lowest, before) is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from trak.modelout_functions import AbstractModelOutput
 
-from trak_dropout.gradients.alone import TOLERANCE, Alone, Coordinates, Single, least_precise
+from trak_dropout.gradients.alone import TOLERANCE, Alone, Entries, Single, least_precise
 from trak_dropout.gradients.dense import BatchError, DenseGradientComputer, check_batch, refused
 from trak_dropout.gradients.factors import (
     DEFAULT_BUDGET,
@@ -782,10 +782,10 @@ class FactoredGradientComputer(DenseGradientComputer):
         names = [name for name in self._wanted() if name not in plan.exact]
         samples = {}
         for i in which:
-            found: dict[str, Coordinates] = {}
+            found: dict[str, Entries] = {}
 
             def look(name: str, grad: Tensor, found: Any = found) -> None:
-                found[name] = Coordinates.of(grad)
+                found[name] = Entries.of(grad)
 
             sample = [part[i] for part in batch]
             output = self._each_gradient(

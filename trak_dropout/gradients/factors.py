@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ DEFAULT_BUDGET = 32 * 2**20
 GATHERED, _TOGETHER, _WRITTEN, _DOT, _BEGUN = 80, 20, 40, 5, 120
 _CALLS = {"gather": 1.5e7, "form": 3e7, "block": 4e7, "dots": 3e7}
 _USUAL = 32
+_KINDS = 8
 
 # Bytes of a piece of values that stays in a core's cache, and below what an allocator takes from
 # the operating system anew each time; and of the lines that are laid out at a time.
@@ -53,7 +54,7 @@ class Coordinates:
         self._patterns: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._count = flat.numel()
         self.ways: dict[Any, tuple[str, float]] = {}  # chosen before, of products of the same size
-        self.known: dict[Any, Any] = {}  # worked out before, by the same kind of products
+        self._known: dict[Any, Any] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -126,6 +127,19 @@ class Coordinates:
             places[order] = torch.arange(len(order), device=row.device)
             self._patterns[key] = zeros, places.view(-1, samples)
         return self._patterns[key]
+
+    def known(self, key: Any, work_out: Callable[[], Any]) -> Any:
+        """What a kind of products has worked out for these, now or before.
+
+        Args:
+            key: of the kind; of few it is kept, because inputs may have any size.
+            work_out: to be called where it is not known.
+        """
+        if key not in self._known:
+            if len(self._known) >= _KINDS:
+                self._known.clear()
+            self._known[key] = work_out()
+        return self._known[key]
 
     @cached_property
     def in_block(self) -> Tensor:

@@ -132,12 +132,12 @@ class Patches(Products):
             values = nn.functional.pad(values, [x for end in reversed(lacking) for x in (0, end)])
             values = values.reshape(*values.shape[:3], *(x for way in ways for x in way))
             values = values.permute(0, 1, 2, *range(4, 4 + 2 * n, 2), *range(3, 3 + 2 * n, 2))
-        return values.reshape(*values.shape[:2], -1)
+        return values.reshape(*values.shape[:2], -1).contiguous()
 
     def _starts(self, at: Coordinates) -> Tensor:
         """Where the first entry that each column meets is among those of all grids."""
-        key = "starts", *self._kind, self._grid
-        if key not in at.known:
+
+        def work_out() -> Tensor:
             columns = at.lines[1]
             if columns is None:
                 columns = torch.arange(at.shape[1], device=at.flat.device)
@@ -147,9 +147,10 @@ class Patches(Products):
                 start = start * stride + place * dilation % stride
             for (place, dilation, stride), size in zip(ways, self._grid, strict=True):
                 start = start * size + place * dilation // stride
-            at.known[key] = start
-        started: Tensor = at.known[key]
-        return started
+            return start
+
+        found: Tensor = at.known(("starts", *self._kind, self._grid), work_out)
+        return found
 
     def _places(self, columns: Tensor) -> tuple[Tensor, ...]:
         """Channels of columns, and places in the window."""
@@ -224,8 +225,8 @@ class Patches(Products):
             Numbers ``(c * positions,)``, and zero where there is none, ``(c, positions)``; None
             where that is nowhere.
         """
-        key = "sources", *self._kind, self._input.shape[2:], self._mode, self._groups
-        if key not in at.known:
+
+        def work_out() -> tuple[Tensor, Tensor | None]:
             shape = self._input.shape[3:]
             numbers = torch.arange(math.prod(shape), dtype=torch.float64).view(1, 1, 1, *shape)
             channels, *places = self._places(at.columns.cpu())
@@ -236,8 +237,11 @@ class Patches(Products):
             channels += torch.div(at.rows.cpu(), width, rounding_mode="floor") * self._in_group
             index = channels.unsqueeze(1) * math.prod(shape) + each.clamp_min(0)
             inside = None if bool((each >= 0).all()) else (each >= 0).to(self._left)
-            at.known[key] = index.flatten().to(at.flat.device), inside
-        return at.known[key]
+            return index.flatten().to(at.flat.device), inside
+
+        kind = *self._kind, self._input.shape[2:], self._mode, self._groups
+        found: tuple[Tensor, Tensor | None] = at.known(("sources", *kind), work_out)
+        return found
 
     def _lie_together(self, at: Coordinates) -> bool:
         """As for all products; but rows of different groups read different windows."""
@@ -265,11 +269,12 @@ class Patches(Products):
         channels = self._in_group * self._groups
         entries = channels * self._input.shape[1] * math.prod((*self._grid, *self._stride))
         copied = channels * math.prod(self._kernel) * self.positions
+        padded = entries if any(self._padding) else 0
         on_top = {
-            "gather": 0 if self._indexed(at) or not any(self._padding) else entries,
-            "block": entries if any(self._padding) else 0,
-            "form": copied + (entries if any(self._padding) else 0),
-            "dots": entries * (any(self._padding) + (max(self._stride) > 1)),
+            "gather": 0 if self._indexed(at) else padded,
+            "block": padded,
+            "form": copied + padded,
+            "dots": padded + (entries if max(self._stride) > 1 else 0),
         }
         return {
             way: (work + GATHERED / 4 * on_top[way], held + on_top[way])
