@@ -17,9 +17,9 @@ from trak_dropout.gradients.factors import (
     Lookups,
     Outer,
     Products,
-    Sums,
 )
 from trak_dropout.gradients.patches import Patches
+from trak_dropout.gradients.vectors import Sums
 
 
 def outer(samples: int = 5, positions: int = 7) -> tuple[Products, Tensor]:

@@ -198,6 +198,10 @@ class Factor(ABC):
         """
         return None
 
+    def compact(self) -> Factor:
+        """Return what to hold instead where coordinates are not taken at once."""
+        return self
+
 
 class Formed(Factor):
     """Gradients that exist: of vectors, and of what has no rule.
@@ -225,7 +229,7 @@ class Formed(Factor):
 
     def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
         """Compute coordinates of all samples."""
-        for part in _parts(len(self.values), 8 * len(at), budget):
+        for part in parts_of(len(self.values), 8 * len(at), budget):
             values = self.values[part]
             yield part, _ALL, raised(read_columns(values.reshape(len(values), -1), at.flat))
 
@@ -234,45 +238,6 @@ class Formed(Factor):
         values = self.values[part]
         rows = values.shape[1] if values.ndim > 1 else 1
         return raised(values.reshape(len(values), rows, values.shape[2:].numel()))
-
-
-class Sums(Factor):
-    """Sums over positions, as of a bias; no more of them are made than are asked for.
-
-    Args:
-        values: what to sum, such as output gradients, ``(B, T, columns)``.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self._values = values
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """What is held of each sample."""
-        return (self._values,)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._values.nbytes
-
-    def single(self) -> tuple[Tensor, None] | None:
-        """Return the only value of each sample, where it is one."""
-        return (self._values[:, 0], None) if self._values.shape[1] == 1 else None
-
-    def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
-        """Compute coordinates of all samples."""
-        _, positions, columns = self._values.shape
-        held = 8 * (min(len(at), columns) * positions + len(at))
-        for part in _parts(len(self._values), held, budget):
-            if len(at) < columns:
-                yield part, _ALL, raised(_columns(self._values[part], at.flat)).sum(1)
-            else:
-                yield part, _ALL, read_columns(self.form(part)[..., 0], at.flat)
-
-    def form(self, part: slice) -> Tensor:
-        """Form the gradients of some samples."""
-        return raised(self._values[part]).sum(1).unsqueeze(-1)
 
 
 class Products(Factor):
@@ -389,13 +354,13 @@ class Products(Factor):
             )
             at.ways[key] = cheapest, 8 * (costs[cheapest][1] + len(at))
         way, held = at.ways[key]
-        parts = _parts(len(self), held, budget)
+        parts = parts_of(len(self), held, budget)
         if way == "gather" and self._lie_together(at):
             for part in parts:
                 for which, values in self.together(part, at):
                     yield part, which, values
         elif way == "dots":
-            for part in _parts(len(self), held, min(budget, _LAID_OUT)):
+            for part in parts_of(len(self), held, min(budget, _LAID_OUT)):
                 yield part, _ALL, self.dots(part, at)
         elif way == "gather":
             most = max(1, budget // (8 * (2 * self.positions + 1)))
@@ -448,11 +413,11 @@ class Outer(Products):
 
     def left(self, part: slice, rows: Tensor | None = None) -> Tensor:
         """Values of rows."""
-        return raised(_columns(self._left[part], rows))
+        return raised(columns_of(self._left[part], rows))
 
     def right(self, part: slice, columns: Tensor | None = None) -> Tensor:
         """Values of columns."""
-        return raised(_columns(self._right[part], columns))
+        return raised(columns_of(self._right[part], columns))
 
 
 class Lookups(Factor):
@@ -486,7 +451,7 @@ class Lookups(Factor):
         starts = torch.searchsorted(ascending, rows)
         counts = torch.searchsorted(ascending, rows, right=True) - starts
         most = int(counts.sum(1).max()) if counts.numel() else 0
-        for part in _parts(len(self), 8 * len(at) + 64 * most, budget):
+        for part in parts_of(len(self), 8 * len(at) + 64 * most, budget):
             values = raised(self._values[part])
             many = counts[part].flatten()
             lookup = torch.repeat_interleave(many)
@@ -560,7 +525,8 @@ class FactoredGradient:
         samples = len(range(len(self))[part])
         if not self.factors or not samples:
             return torch.zeros(samples, *self.shape[1:], dtype=self.dtype, device=self.device)
-        total = sum((factor.form(part) for factor in self.factors[1:]), self.factors[0].form(part))
+        first, *others = (factor.form(part).flatten(1) for factor in self.factors)
+        total = sum(others, first)
         return total.to(self.dtype).reshape(samples, *self.shape[1:])
 
     def pieces(self) -> Iterator[Tensor]:
@@ -641,7 +607,7 @@ class FactoredGradients(dict[str, Tensor]):
     __eq__ = object.__eq__
 
 
-def _parts(samples: int, held: float, budget: int) -> list[slice]:
+def parts_of(samples: int, held: float, budget: int) -> list[slice]:
     """Cut samples into parts that stay within a budget, at ``held`` bytes for each."""
     step = max(1, int(budget // max(held, 1)))
     if step >= samples:
@@ -657,7 +623,7 @@ def _lines(values: Tensor) -> Tensor:
     return values.permute(2, 0, 1).reshape(d * b, length)
 
 
-def _columns(values: Tensor, which: Tensor | None) -> Tensor:
+def columns_of(values: Tensor, which: Tensor | None) -> Tensor:
     """Some entries of the last dimension of ``(b, T, d)``."""
     if which is None:
         return values

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trak_dropout.gradients.factors import Factor, Formed, Lookups, Outer, Sums
+from trak_dropout.gradients.factors import Factor, Lookups, Outer
 from trak_dropout.gradients.patches import Patches
+from trak_dropout.gradients.vectors import Sums, entries
 
 RuleFunction = Callable[[nn.Module, Sequence[Tensor], Tensor], Mapping[str, Factor]]
 
@@ -97,7 +98,7 @@ def _rows(values: Tensor, trailing: int = 1) -> Tensor:
 def linear(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> dict[str, Factor]:
     """``y = x W^T + b``: outer products of output gradients and inputs."""
     rows = _rows(gradient)
-    return {"weight": Outer(rows, _rows(inputs[0])), "bias": Sums(rows)}
+    return {"weight": Outer(rows, _rows(inputs[0])), "bias": Sums(rows, shared=True)}
 
 
 @rule("transformers.pytorch_utils.Conv1D", "weight", "bias")
@@ -106,7 +107,7 @@ def transposed_linear(
 ) -> dict[str, Factor]:
     """``y = x W + b``, as in GPT-2."""
     rows = _rows(gradient)
-    return {"weight": Outer(_rows(inputs[0]), rows), "bias": Sums(rows)}
+    return {"weight": Outer(_rows(inputs[0]), rows), "bias": Sums(rows, shared=True)}
 
 
 @rule(nn.Conv1d, "weight", "bias")
@@ -129,7 +130,7 @@ def convolution(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -
         module.dilation,
         module.groups,
     )
-    return {"weight": factor, "bias": Formed(gradient.transpose(1, 2).flatten(2).sum(2))}
+    return {"weight": factor, "bias": Sums(gradient)}
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
@@ -159,23 +160,28 @@ def embedding(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> 
     return {"weight": Lookups(rows, _rows(gradient), module.num_embeddings)}
 
 
-def _scale_and_shift(
-    normalized: Tensor, gradient: Tensor, shape: Sequence[int]
+def _normalized_rows(
+    inputs: Tensor, gradient: Tensor, shape: Sequence[int], normalize: Callable[[Tensor], Tensor]
 ) -> dict[str, Factor]:
-    """Gradients of ``y = x * weight + bias``, summed over all but the last dimensions."""
-    return {
-        "weight": Formed(_rows(gradient * normalized, len(shape)).sum(1)),
-        "bias": Formed(_rows(gradient, len(shape)).sum(1)),
-    }
+    """Gradients of ``y = x * weight + bias``, where ``x`` is normalized over the last dimensions."""
+
+    def rows(values: Tensor) -> Tensor:
+        return _rows(values, len(shape)).flatten(2)
+
+    def normalized(which: Tensor | None) -> Tensor:
+        return entries(rows(normalize(inputs)), which)
+
+    each = rows(gradient)
+    return {"weight": Sums(each, normalized), "bias": Sums(each)}
 
 
 @rule(nn.LayerNorm, "weight", "bias")
 def layer_norm(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> dict[str, Factor]:
     """Output gradients times normalized inputs."""
     assert isinstance(module, nn.LayerNorm)
-    shape = module.normalized_shape
-    return _scale_and_shift(
-        nn.functional.layer_norm(inputs[0], shape, eps=module.eps), gradient, shape
+    shape, eps = module.normalized_shape, module.eps
+    return _normalized_rows(
+        inputs[0], gradient, shape, lambda x: nn.functional.layer_norm(x, shape, eps=eps)
     )
 
 
@@ -183,11 +189,14 @@ def rms_norm(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> d
     """Output gradients times inputs over their root-mean-square."""
     assert isinstance(module, nn.RMSNorm)
     shape, eps = module.normalized_shape, module.eps
-    values = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-    eps = torch.finfo(inputs[0].dtype).eps if eps is None else eps
     axes = tuple(range(-len(shape), 0))
-    normalized = values * torch.rsqrt(values.square().mean(axes, keepdim=True) + eps)
-    return {"weight": Formed(_rows(gradient * normalized, len(shape)).sum(1))}
+
+    def normalize(values: Tensor) -> Tensor:
+        least = torch.finfo(values.dtype).eps if eps is None else eps
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        return values * torch.rsqrt(values.square().mean(axes, keepdim=True) + least)
+
+    return {"weight": _normalized_rows(inputs[0], gradient, shape, normalize)["weight"]}
 
 
 if hasattr(nn, "RMSNorm"):  # since PyTorch 2.4
@@ -198,10 +207,13 @@ if hasattr(nn, "RMSNorm"):  # since PyTorch 2.4
 def group_norm(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> dict[str, Factor]:
     """As layer norm, over groups of channels."""
     assert isinstance(module, nn.GroupNorm)
-    values = inputs[0]
-    flat = nn.functional.group_norm(values.flatten(0, 1), module.num_groups, eps=module.eps)
-    normalized = torch.unflatten(flat, 0, values.shape[:2])
-    return _by_channel(normalized, gradient)
+    values, groups, eps = inputs[0], module.num_groups, module.eps
+
+    def normalized(which: Tensor | None) -> Tensor:
+        flat = nn.functional.group_norm(values.flatten(0, 1), groups, eps=eps)
+        return entries(torch.unflatten(flat, 0, values.shape[:2]), which)
+
+    return {"weight": Sums(gradient, normalized), "bias": Sums(gradient)}
 
 
 @rule(nn.BatchNorm1d, "weight", "bias")
@@ -213,18 +225,18 @@ def batch_norm(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) ->
     With those of the batch, samples do not stay apart; who calls this must know what that means.
     """
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    values, mean = inputs[0], module.running_mean
-    flat = (
-        nn.functional.batch_norm(values.flatten(0, 1), None, None, training=True, eps=module.eps)
-        if module.training or mean is None
-        else nn.functional.batch_norm(
-            values.flatten(0, 1), mean, module.running_var, eps=module.eps
+    values, eps = inputs[0], module.eps
+    running = None if module.training else (module.running_mean, module.running_var)
+
+    def normalized(which: Tensor | None) -> Tensor:
+        some = entries(values, which)
+        if running is None or running[0] is None:
+            known: tuple[Tensor | None, ...] = (None, None)
+        else:
+            known = tuple(x if x is None or which is None else x[which] for x in running)
+        flat = nn.functional.batch_norm(
+            some.flatten(0, 1), *known, training=known[0] is None, eps=eps
         )
-    )
-    return _by_channel(torch.unflatten(flat, 0, values.shape[:2]), gradient)
+        return torch.unflatten(flat, 0, values.shape[:2])
 
-
-def _by_channel(normalized: Tensor, gradient: Tensor) -> dict[str, Factor]:
-    """Scale and shift of each channel, the dimension after the module's own batch dimension."""
-    product = (gradient * normalized).transpose(1, 2).flatten(2).sum(2)
-    return {"weight": Formed(product), "bias": Formed(gradient.transpose(1, 2).flatten(2).sum(2))}
+    return {"weight": Sums(gradient, normalized), "bias": Sums(gradient)}
