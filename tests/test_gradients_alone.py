@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,15 +15,18 @@ from trak_dropout import FactoredGradientComputer, FactorError
 from trak_dropout.gradients import alone
 
 
-@pytest.mark.parametrize("size", [3, 7, 30])
+@pytest.mark.parametrize("size", [3, 5, 7, 30, 101])
 def test_large_entries_are_found_a_part_at_a_time(
     monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(alone, "_PART", 7)
+    monkeypatch.setattr(alone, "_PART", 10)
+    monkeypatch.setattr(alone, "_BLOCK", 5)
     flat = torch.randn(size, generator=torch.Generator().manual_seed(size))
     places, largest = alone._largest(flat, 3)
     assert set(places.tolist()) == set(flat.abs().topk(3).indices.tolist())
     assert largest == float(flat.abs().max())
+    flat[size // 2] = math.nan
+    assert math.isnan(alone._largest(flat, 3)[1])
 
 
 class Kinked(nn.Module):

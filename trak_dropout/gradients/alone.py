@@ -15,7 +15,7 @@ from trak_dropout.gradients.taps import FactorError
 # Relative to the largest entry of the parameter's gradient, by the least precise type involved.
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _LOOKED_AT = 32
-_PART = 2**15
+_PART, _BLOCK = 2**15, 2**9
 # Outputs may differ by so many times the type's precision, but no further than this.
 _ROUNDINGS, _FURTHEST = 1e3, 0.05
 
@@ -173,10 +173,15 @@ def least_precise(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 def _largest(flat: Tensor, few: int) -> tuple[Tensor, float]:
     """Where the entries of largest magnitude are, and the largest magnitude.
 
-    A part at a time: looking for the largest of all at once takes several times their memory.
+    They lie in the blocks whose largest entries are largest: to sort those is many times faster.
     """
-    parts = torch.split(flat, _PART)
-    found = [part.abs().topk(min(few, len(part))) for part in parts]
-    values = torch.cat([values for values, _ in found])
-    places = torch.cat([places + i * _PART for i, (_, places) in enumerate(found)])
-    return places[values.topk(few).indices], float(values.max())
+    whole = len(flat) // _BLOCK * _BLOCK
+    blocks = flat[:whole].view(-1, _BLOCK)
+    # A part at a time, so that magnitudes stay in a core's cache.
+    sizes = torch.cat([part.abs().amax(1) for part in blocks.split(_PART // _BLOCK)])
+    chosen = sizes.topk(min(few, len(sizes))).indices
+    inside = torch.arange(_BLOCK, device=flat.device)
+    rest = torch.arange(whole, len(flat), device=flat.device)
+    places = torch.cat([(chosen.unsqueeze(1) * _BLOCK + inside).flatten(), rest])
+    values, found = flat[places].abs().topk(few)
+    return places[found], float(values[0])
