@@ -17,6 +17,7 @@ from trak_dropout.gradients.factors import (
     PIECE,
     Coordinates,
     FactoredGradient,
+    raised,
     read_columns,
 )
 from trak_dropout.masks import Mask, spans
@@ -57,7 +58,7 @@ class Plan:
 
     def add_to(self, out: Tensor, blocks: Mapping[int, Block]) -> None:
         """Add the shares of blocks, by number, to ``out``, in place."""
-        single = self._add_singles(out, blocks) if self._weights is None else ()
+        single = self._add_singles(out, blocks)
         for i, kept in self.kept:
             if i in blocks and i not in single:
                 kept.add_to(out, blocks[i])
@@ -71,6 +72,10 @@ class Plan:
                 vectors[i] = pair
         if len(vectors) < 2 or not len(out):
             return ()
+        if self._weights is not None:
+            return [
+                i for i, kept in self.kept if i in vectors and kept.add_single(out, *vectors[i])
+            ]
         # A gradient that was a product may be formed on another batch.
         which = tuple((i, second is None) for i, (_, second) in vectors.items())
         if which not in self._singles:
@@ -165,6 +170,31 @@ class Kept:
             out[:, self._place] += taken
         else:  # not by bags: a row is the same to the bit whatever batch it comes in
             out.index_add_(1, self.columns, taken.to(out.dtype) * self.weights)
+
+    def add_single(self, out: Tensor, first: Tensor, second: Tensor | None) -> bool:
+        """Add the share of outer products to ``out``, unweighted, where nothing folds.
+
+        Args:
+            out: ``(B, k)``.
+            first: of each sample, ``(B, rows)``; the gradients themselves where there is no second.
+            second: ``(B, columns)``.
+
+        Returns:
+            Whether that was done; many coordinates are taken faster with samples together.
+        """
+        assert self._place is not None
+        if second is None:
+            values = raised(read_columns(first, self.flat))
+        else:
+            shape = first.shape[1], second.shape[1]
+            if len(self.flat) > sum(shape):
+                return False
+            if self._coordinates is None:
+                self._coordinates = Coordinates(self.flat, *shape)
+            values = raised(read_columns(first, self._coordinates.rows))
+            values *= raised(read_columns(second, self._coordinates.columns))
+        out[:, self._place] += values
+        return True
 
     def _fold(self, out: Tensor, at: slice, values: Tensor) -> None:
         """Add values ``(b, c)`` of some of the coordinates to their columns of ``out``."""

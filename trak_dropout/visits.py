@@ -8,6 +8,7 @@ part in training, in the order of appearance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -30,6 +31,28 @@ _KINDS = {
     "share": np.float64,
     "learning_rate": np.float64,
 }
+_OF_BATCH = ("batch", "step", "rank", "share")
+
+
+@dataclass
+class Batch:
+    """A training batch: what the visits of its samples have in common.
+
+    Args:
+        index: its samples, int64 ``(B,)``.
+        batch: its number, as in `Visits`, and so on.
+        step: optimizer steps taken before.
+        rank: the process.
+        share: of each sample.
+        learning_rate: of each parameter group.
+    """
+
+    index: NDArray[np.int64]
+    batch: int
+    step: int
+    rank: int
+    share: float
+    learning_rate: Sequence[float]
 
 
 @dataclass
@@ -63,6 +86,21 @@ class Visits:
         """Return no visits."""
         empty = {name: np.zeros(0, kind) for name, kind in _KINDS.items()}
         return cls(**{**empty, "learning_rate": np.zeros((0, groups))})
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> Visits:
+        """Return the visits of at least one batch; where rows are is not known yet."""
+        groups = max(len(batch.learning_rate) for batch in batches)
+        rates = [[*b.learning_rate, *[0.0] * (groups - len(b.learning_rate))] for b in batches]
+        shared = {name: [getattr(b, name) for b in batches] for name in _OF_BATCH}
+        counts = [len(batch.index) for batch in batches]
+        index = np.concatenate([batch.index for batch in batches])
+        return cls(
+            index=index,
+            place=np.zeros_like(index),
+            learning_rate=np.repeat(np.array(rates), counts, axis=0),
+            **{n: np.repeat(np.array(values, _KINDS[n]), counts) for n, values in shared.items()},
+        )
 
     @classmethod
     def joined(cls, parts: list[Visits]) -> Visits:

@@ -178,7 +178,7 @@ def _largest(flat: Tensor, few: int) -> tuple[Tensor, float]:
     whole = len(flat) // _BLOCK * _BLOCK
     blocks = flat[:whole].view(-1, _BLOCK)
     # A part at a time, so that magnitudes stay in a core's cache.
-    sizes = torch.cat([part.abs().amax(1) for part in blocks.split(_PART // _BLOCK)])
+    sizes = torch.cat([part.abs().amax(1) for part in torch.split(blocks, _PART // _BLOCK)])
     chosen = sizes.topk(min(few, len(sizes))).indices
     inside = torch.arange(_BLOCK, device=flat.device)
     rest = torch.arange(whole, len(flat), device=flat.device)

@@ -35,6 +35,8 @@ _KINDS = 8
 # the operating system anew each time; and of the lines that are laid out at a time.
 PIECE, _LAID_OUT = 2**20, 2**24
 
+_SMALL = 2**15  # numbers to read that are not worth a second thread
+
 
 class Coordinates:
     """Coordinates of one parameter, and what is known of their rows and columns.
@@ -634,7 +636,8 @@ def columns_of(values: Tensor, which: Tensor | None) -> Tensor:
 
 def read_columns(matrix: Tensor, which: Tensor) -> Tensor:
     """Some columns of a matrix, ``(n, d)`` to ``(n, c)``."""
-    if matrix.is_cpu and torch.get_num_threads() == 1:  # faster there, but uses one only
+    # Faster, but uses one thread only.
+    if matrix.is_cpu and (len(matrix) * len(which) <= _SMALL or torch.get_num_threads() == 1):
         return matrix.index_select(1, which)
     return matrix.gather(1, which.expand(len(matrix), -1))
 

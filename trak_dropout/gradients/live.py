@@ -323,6 +323,8 @@ class LiveGradients:
             if any(name in site.parameters.values() for site in self._sites)
         }
         self._shares, self._layouts, self._reduction = shares, layouts, reduction
+        # Where all calls are alike, it does not matter which one this is.
+        self._alike = {n: calls[0] for n, calls in (layouts or {}).items() if len(set(calls)) == 1}
         self._check, self._budget = check, budget
         self._handles: list[RemovableHandle] = []
         self._step: _Step | None = None
@@ -507,10 +509,10 @@ class LiveGradients:
         if self._layouts is None:
             places = [_leading(site, value, step.samples) for value in (output, *given)]
             return CallLayout(places[0], tuple(places[1:]))
-        known = self._layouts.get(site.name, ())
-        layout = known[0] if len(set(known)) == 1 else None
-        if layout is None and step.scale is None and number < len(known):
-            layout = known[number]
+        layout = self._alike.get(site.name)
+        if layout is None and step.scale is None:
+            known = self._layouts.get(site.name, ())
+            layout = known[number] if number < len(known) else None
         if layout is None or len(layout.inputs) != len(given):
             raise FactorError(
                 f"{site.name} is called otherwise than when the model was tried, so it is unknown "

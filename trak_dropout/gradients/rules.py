@@ -91,6 +91,8 @@ def _rows(values: Tensor, trailing: int = 1) -> Tensor:
     """Merge the dimensions between the first and the last few: ``(B, T, *trailing)``."""
     # (len() of a tensor costs more than all of this.) Not -1, which a size of zero leaves open.
     shape, last = values.shape, values.ndim - trailing
+    if last == 2:
+        return values
     return values.reshape(shape[0], shape[1:last].numel(), *shape[last:])
 
 
@@ -163,7 +165,7 @@ def embedding(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> 
 def _normalized_rows(
     inputs: Tensor, gradient: Tensor, shape: Sequence[int], normalize: Callable[[Tensor], Tensor]
 ) -> dict[str, Factor]:
-    """Gradients of ``y = x * weight + bias``, where ``x`` is normalized over the last dimensions."""
+    """Gradients of ``y = x * weight + bias``, with ``x`` normalized over the last dimensions."""
 
     def rows(values: Tensor) -> Tensor:
         return _rows(values, len(shape)).flatten(2)
@@ -226,17 +228,15 @@ def batch_norm(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) ->
     """
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
     values, eps = inputs[0], module.eps
-    running = None if module.training else (module.running_mean, module.running_var)
+    of_batch = module.training or module.running_mean is None
+    running = None if of_batch else (module.running_mean, module.running_var)
 
     def normalized(which: Tensor | None) -> Tensor:
-        some = entries(values, which)
-        if running is None or running[0] is None:
-            known: tuple[Tensor | None, ...] = (None, None)
-        else:
-            known = tuple(x if x is None or which is None else x[which] for x in running)
-        flat = nn.functional.batch_norm(
-            some.flatten(0, 1), *known, training=known[0] is None, eps=eps
-        )
+        some = entries(values, which).flatten(0, 1)
+        mean, variance = running or (None, None)
+        if mean is not None and variance is not None and which is not None:
+            mean, variance = mean[which], variance[which]
+        flat = nn.functional.batch_norm(some, mean, variance, training=mean is None, eps=eps)
         return torch.unflatten(flat, 0, values.shape[:2])
 
     return {"weight": Sums(gradient, normalized), "bias": Sums(gradient)}

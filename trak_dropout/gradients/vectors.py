@@ -31,7 +31,7 @@ class Sums(Factor):
         values: what to sum, such as output gradients, ``(B, N, entries, *positions)``.
         times: returns what it is multiplied by, such as normalized inputs, for the entries that
             it is given (all when None), ``(B, N, c, *positions)``.
-        shared: whether the layer's weight needs ``values``, too, so that to hold them costs nothing.
+        shared: whether the layer's weight needs ``values``, too, so that they are held anyway.
     """
 
     def __init__(

@@ -80,16 +80,16 @@ class BlockWriter:
         visits.place[fresh] = IN_PLACE
         visits.place[again] = self._repeats + np.arange(len(again))
         if len(again):
-            _write(self._again, rows[again], self._repeats * self._stride)
+            _write(self._again, _bytes(rows[again]), self._repeats * self._stride)
             self._repeats += len(again)
         # In the file's order, so that neighbors are written together.
         order = fresh[np.argsort(visits.index[fresh])]
-        sorted_rows, where = rows[order], visits.index[order]
-        edges = [0, *(np.flatnonzero(np.diff(where) != 1) + 1).tolist(), len(where)]
-        for begin, end in itertools.pairwise(edges):
-            if end > begin:
-                at = self._offset + int(where[begin]) * self._stride
-                _write(self._file, sorted_rows[begin:end], at)
+        where, data = visits.index[order], _bytes(rows[order])
+        begins = np.flatnonzero(np.diff(where, prepend=-2) != 1)
+        offsets = (self._offset + where[begins] * self._stride).tolist()
+        edges = (np.append(begins, len(where)) * self._stride).tolist()
+        for offset, (begin, end) in zip(offsets, itertools.pairwise(edges), strict=True):
+            _write(self._file, data[begin:end], offset)
         self._seen[where] = True
         self._parts.append(visits)
 
@@ -234,11 +234,14 @@ def rows_of(directory: Path, visits: Visits) -> Rows:
     return rows
 
 
-def _write(file: int, rows: Rows, offset: int) -> None:
-    left = rows.reshape(-1).view(np.uint8).data
-    while left:
-        written = os.pwrite(file, left, offset)
-        left, offset = left[written:], offset + written
+def _bytes(rows: Rows) -> memoryview:
+    return rows.reshape(-1).view(np.uint8).data
+
+
+def _write(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _rows_file(directory: Path, rank: int) -> Path:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
@@ -43,7 +42,7 @@ from trak_dropout.lightning.subject import parameter_names, submodule
 from trak_dropout.lightning.tryout import TryoutError, try_training_step
 from trak_dropout.projector import DropoutProjector
 from trak_dropout.store import ManifestSaver
-from trak_dropout.visits import NOT_STORED, VISITS, Visits
+from trak_dropout.visits import NOT_STORED, VISITS, Batch, Visits
 
 _LOG = logging.getLogger(__name__)
 ROWS = "minus the gradient of the training loss"
@@ -219,16 +218,15 @@ class TrainingRows:
         rows = self._live.end().mul_(self._scale_down)
         count = len(self._indices)
         share = 1 / (trainer.accumulate_grad_batches * trainer.world_size)
-        visits = Visits(
+        batch = Batch(
             index=self._indices,
-            place=np.zeros(count, np.int64),
-            batch=np.full(count, position(trainer)),
-            step=np.full(count, self._step),
-            rank=np.full(count, trainer.global_rank, np.int32),
-            share=np.full(count, share / count if self._mean else share),
-            learning_rate=np.tile(_learning_rates(trainer.optimizers[0]), (count, 1)),
+            batch=position(trainer),
+            step=self._step,
+            rank=trainer.global_rank,
+            share=share / count if self._mean else share,
+            learning_rate=_learning_rates(trainer.optimizers[0]),
         )
-        self._block.add(visits, rows)
+        self._block.add(batch, rows)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Note the learning rate of the step that the last batches take part in."""
@@ -492,30 +490,31 @@ class _Block:
         self.epoch, self.model_id, self.earlier = epoch, model_id, earlier
         self._writer, self._width = writer, 4 * columns
         self._rows: list[Tensor] = []
-        self._visits: list[Visits] = []
+        self._batches: list[Batch] = []
         self._since_step = 0
         self._held = 0
         self.failed = False
 
-    def add(self, visits: Visits, rows: Tensor) -> None:
+    def add(self, batch: Batch, rows: Tensor) -> None:
         """Take a batch's rows."""
-        outside = visits.index[(visits.index < 0) | (visits.index >= len(self._writer.seen))]
-        if len(outside):
+        size = len(self._writer.seen)
+        if len(batch.index) and not 0 <= batch.index.min() <= batch.index.max() < size:
+            outside = batch.index[(batch.index < 0) | (batch.index >= size)]
             raise MisconfigurationException(
                 f"GradientCollector(mode='training'): the sampler drew {outside[:5].tolist()}, the "
-                f"training dataset has {len(self._writer.seen)} samples"
+                f"training dataset has {size} samples"
             )
         self._rows.append(rows)
-        self._visits.append(visits)
+        self._batches.append(batch)
         self._since_step += 1
-        self._held += len(visits) * self._width
+        self._held += len(batch.index) * self._width
         if len(self._rows) >= _BATCHES_HELD or self._held >= _BYTES_HELD:
             self._flush(len(self._rows) - self._since_step or len(self._rows))
 
-    def stepped(self, learning_rate: NDArray[np.float64]) -> None:
+    def stepped(self, learning_rate: Sequence[float]) -> None:
         """Note the learning rate of the optimizer step that follows."""
-        for visits in self._visits[len(self._visits) - self._since_step :]:
-            visits.learning_rate = np.tile(learning_rate, (len(visits), 1))
+        for batch in self._batches[len(self._batches) - self._since_step :]:
+            batch.learning_rate = learning_rate
         self._since_step = 0
 
     def sync(self) -> None:
@@ -541,10 +540,10 @@ class _Block:
         if count:
             rows = torch.cat(self._rows[:count]).float().cpu().numpy()
             with self._writing():
-                self._writer.add(Visits.joined(self._visits[:count]), rows)
-        self._rows, self._visits = self._rows[count:], self._visits[count:]
+                self._writer.add(Visits.of(self._batches[:count]), rows)
+        self._rows, self._batches = self._rows[count:], self._batches[count:]
         self._since_step = min(self._since_step, len(self._rows))
-        self._held = sum(len(visits) * self._width for visits in self._visits)
+        self._held = sum(len(batch.index) * self._width for batch in self._batches)
 
 
 @contextmanager
@@ -561,8 +560,8 @@ def _room(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _learning_rates(optimizer: Any) -> NDArray[np.float64]:
-    return np.array([float(group["lr"]) for group in optimizer.param_groups])
+def _learning_rates(optimizer: Any) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _size_of(loader: Any) -> int:
