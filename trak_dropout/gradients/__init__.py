@@ -13,6 +13,7 @@ from trak_dropout.gradients.factors import (
 from trak_dropout.gradients.patches import Patches
 from trak_dropout.gradients.rules import rule
 from trak_dropout.gradients.taps import FactorError
+from trak_dropout.gradients.vectors import Sums
 
 __all__ = [
     "BatchError",
@@ -26,5 +27,6 @@ __all__ = [
     "Lookups",
     "Outer",
     "Patches",
+    "Sums",
     "rule",
 ]
