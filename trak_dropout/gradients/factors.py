@@ -7,6 +7,7 @@ a weight gradient ever exists.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
@@ -202,6 +203,10 @@ class Factor(ABC):
 
     def compact(self) -> Factor:
         """Return what to hold instead where coordinates are not taken at once."""
+        return self
+
+    def at(self, kept: Tensor) -> Factor:
+        """Return what to hold where only these coordinates will be taken, int64 ``(c,)``."""
         return self
 
 
@@ -521,6 +526,12 @@ class FactoredGradient:
     def single(self) -> tuple[Tensor, Tensor | None] | None:
         """Return the two vectors of each sample whose outer product this is, as `Factor.single`."""
         return self.factors[0].single() if len(self.factors) == 1 else None
+
+    def at(self, kept: Tensor) -> FactoredGradient:
+        """Return what to hold where only these coordinates will be taken, as `Factor.at`."""
+        held = copy.copy(self)
+        held.factors = [factor.at(kept) for factor in self.factors]
+        return held
 
     def form(self, part: slice = slice(None)) -> Tensor:
         """Form the gradients of some samples, ``(b, *shape)``, of the parameter's dtype."""

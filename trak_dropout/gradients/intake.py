@@ -24,6 +24,9 @@ class Shares(Protocol):
     def add(self, out: Tensor, name: str, gradient: FactoredGradient | Tensor) -> None:
         """Add the share of a parameter."""
 
+    def at(self, name: str, gradient: FactoredGradient) -> FactoredGradient:
+        """What to hold of a parameter's gradient until `add_all`."""
+
     def add_all(self, out: Tensor, gradients: Mapping[str, FactoredGradient]) -> None:
         """Add the shares of several parameters at once, which costs less than one by one."""
 
@@ -49,6 +52,8 @@ class Intake:
         """Take a contribution to the gradients of a parameter; there may be several."""
         if name not in self._shares.names:
             return
+        with torch.no_grad():
+            gradient = self._shares.at(name, gradient)
         if name in self._waiting or gradient.single() is None:
             with torch.no_grad():
                 self._shares.add(self.rows, name, gradient)

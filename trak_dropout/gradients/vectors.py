@@ -56,8 +56,10 @@ class Sums(Factor):
 
     def single(self) -> tuple[Tensor, None] | None:
         """Return the only value of each sample, where it is one."""
-        if self._positions != 1 or self._times is not None:
+        if self._positions != 1:
             return None
+        if self._times is not None:  # no larger than a sample's output: made once
+            self._values, self._times = raised(self._values) * self._times(None), None
         return self._values.flatten(1), None
 
     def take(self, at: Coordinates, budget: int) -> Iterator[Taken]:
@@ -75,6 +77,18 @@ class Sums(Factor):
     def compact(self) -> Factor:
         """Return all sums, unless what they are made of is held anyway."""
         return self if self._shared else Formed(self.form(_ALL)[..., 0])
+
+    def at(self, kept: Tensor) -> Factor:
+        """Return the sums at some entries, and zeros elsewhere; such as `compact`."""
+        if self._positions == 1:
+            return self
+        few = kept if len(kept) < self._entries else None
+        ((_, sums),) = self._sums(few, [_ALL])
+        if few is None:
+            return Formed(sums)
+        whole = sums.new_zeros(len(sums), self._entries)
+        whole[:, few] = sums
+        return Formed(whole)
 
     def _sums(self, which: Tensor | None, parts: list[slice]) -> Iterator[tuple[slice, Tensor]]:
         """Sums of some entries, ``(b, c)``, of some samples after others."""

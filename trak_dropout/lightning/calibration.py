@@ -116,6 +116,10 @@ class _Whole:
         assert isinstance(gradient, FactoredGradient)
         self._held[name].factors += gradient.factors
 
+    def at(self, name: str, gradient: FactoredGradient) -> FactoredGradient:
+        """All coordinates are needed."""
+        return gradient
+
     def add_all(self, out: Tensor, gradients: Mapping[str, FactoredGradient]) -> None:
         """Take contributions to several parameters' gradients."""
         for name, gradient in gradients.items():
