@@ -45,8 +45,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("compact", [False, True])
-def test_entries_are_those_of_autograd(name: str, compact: bool) -> None:
+@pytest.mark.parametrize("held", [False, True])
+def test_entries_are_those_of_autograd(name: str, held: bool) -> None:
     torch.manual_seed(0)
     build, shape = LAYERS[name]
     layer, x = build(), torch.randn(4, *shape, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_entries_are_those_of_autograd(name: str, compact: bool) -> None:
             (layer(x) * of_one).sum().backward()
             assert weight.grad is not None
             expected[i] = weight.grad.flatten()
-        factor = factors[own].compact() if compact else factors[own]
+        factor = factors[own].held() if held else factors[own]
         each = FactoredGradient([factor], 4, weight.detach())
         torch.testing.assert_close(each.form().flatten(1), expected)
         many = torch.randint(size, (3 * size,))
@@ -81,10 +81,11 @@ def test_entries_are_those_of_autograd(name: str, compact: bool) -> None:
                 torch.arange(size),
                 many,
             ):
-                taken = torch.zeros(4, len(flat), dtype=torch.float64)
-                for part, at, values in each.take(each.coordinates(flat)):
-                    taken[part, at] += values
-                torch.testing.assert_close(taken, expected[:, flat])
+                for one in (each, each.held(flat)):
+                    taken = torch.zeros(4, len(flat), dtype=torch.float64)
+                    for part, at, values in one.take(one.coordinates(flat)):
+                        taken[part, at] += values
+                    torch.testing.assert_close(taken, expected[:, flat])
 
 
 def test_a_long_sum_does_not_depend_on_its_batch(two_threads: None) -> None:

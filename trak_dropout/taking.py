@@ -118,9 +118,9 @@ class Shares:
         if kept is not None:
             kept.add_to(out, gradient)
 
-    def at(self, name: str, gradient: FactoredGradient) -> FactoredGradient:
+    def held(self, name: str, gradient: FactoredGradient) -> FactoredGradient:
         """What to hold of a parameter's gradient until `add_all`: sums of vectors' kept entries."""
-        return gradient.at(self._kept[name].flat)
+        return gradient.held(self._kept[name].flat)
 
     def add_all(self, out: Tensor, gradients: Mapping[str, FactoredGradient]) -> None:
         """Add the shares of several parameters at once, which costs less than one by one."""

@@ -201,12 +201,12 @@ class Factor(ABC):
         """
         return None
 
-    def compact(self) -> Factor:
-        """Return what to hold instead where coordinates are not taken at once."""
-        return self
+    def held(self, kept: Tensor | None = None) -> Factor:
+        """Return what to hold instead where coordinates are not taken at once.
 
-    def at(self, kept: Tensor) -> Factor:
-        """Return what to hold where only these coordinates will be taken, int64 ``(c,)``."""
+        Args:
+            kept: the only ones that will be taken, int64 ``(c,)``; any when None.
+        """
         return self
 
 
@@ -527,11 +527,11 @@ class FactoredGradient:
         """Return the two vectors of each sample whose outer product this is, as `Factor.single`."""
         return self.factors[0].single() if len(self.factors) == 1 else None
 
-    def at(self, kept: Tensor) -> FactoredGradient:
-        """Return what to hold where only these coordinates will be taken, as `Factor.at`."""
-        held = copy.copy(self)
-        held.factors = [factor.at(kept) for factor in self.factors]
-        return held
+    def held(self, kept: Tensor | None = None) -> FactoredGradient:
+        """Return what to hold where coordinates are not taken at once, as `Factor.held`."""
+        found = copy.copy(self)
+        found.factors = [factor.held(kept) for factor in self.factors]
+        return found
 
     def form(self, part: slice = slice(None)) -> Tensor:
         """Form the gradients of some samples, ``(b, *shape)``, of the parameter's dtype."""

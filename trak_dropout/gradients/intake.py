@@ -24,7 +24,7 @@ class Shares(Protocol):
     def add(self, out: Tensor, name: str, gradient: FactoredGradient | Tensor) -> None:
         """Add the share of a parameter."""
 
-    def at(self, name: str, gradient: FactoredGradient) -> FactoredGradient:
+    def held(self, name: str, gradient: FactoredGradient) -> FactoredGradient:
         """What to hold of a parameter's gradient until `add_all`."""
 
     def add_all(self, out: Tensor, gradients: Mapping[str, FactoredGradient]) -> None:
@@ -53,7 +53,7 @@ class Intake:
         if name not in self._shares.names:
             return
         with torch.no_grad():
-            gradient = self._shares.at(name, gradient)
+            gradient = self._shares.held(name, gradient)
         if name in self._waiting or gradient.single() is None:
             with torch.no_grad():
                 self._shares.add(self.rows, name, gradient)

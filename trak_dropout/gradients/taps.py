@@ -128,7 +128,7 @@ class Recorder:
         factors: dict[str, list[Factor]] = {name: [] for name in parameters}
         self.factors = factors
         # A function that held this object would hold the batch until Python's collector comes by.
-        self.keep = sink or (lambda name, factor: factors[name].append(factor.compact()))
+        self.keep = sink or (lambda name, factor: factors[name].append(factor.held()))
         self.leaves: list[Tensor] = []
         self.foreign = False
         self.lowest = torch.float64

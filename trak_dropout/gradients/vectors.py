@@ -47,7 +47,7 @@ class Sums(Factor):
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """What is held of each sample."""
-        return (self._values,) if self._times is None else (self._values, self._times(None))
+        return (self._values,)
 
     @property
     def nbytes(self) -> int:
@@ -74,20 +74,15 @@ class Sums(Factor):
         ((_, sums),) = self._sums(None, [part])
         return sums.unsqueeze(-1)
 
-    def compact(self) -> Factor:
-        """Return all sums, unless what they are made of is held anyway."""
-        return self if self._shared else Formed(self.form(_ALL)[..., 0])
-
-    def at(self, kept: Tensor) -> Factor:
-        """Return the sums at some entries, and zeros elsewhere; such as `compact`."""
+    def held(self, kept: Tensor | None = None) -> Factor:
+        """Return the sums, zero where they are not kept, unless what they are of is held anyway."""
+        if kept is None or len(kept) >= self._entries:
+            return self if self._shared and kept is None else Formed(self.form(_ALL)[..., 0])
         if self._positions == 1:
             return self
-        few = kept if len(kept) < self._entries else None
-        ((_, sums),) = self._sums(few, [_ALL])
-        if few is None:
-            return Formed(sums)
+        ((_, sums),) = self._sums(kept, [_ALL])
         whole = sums.new_zeros(len(sums), self._entries)
-        whole[:, few] = sums
+        whole[:, kept] = sums
         return Formed(whole)
 
     def _sums(self, which: Tensor | None, parts: list[slice]) -> Iterator[tuple[slice, Tensor]]:

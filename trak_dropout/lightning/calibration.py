@@ -116,9 +116,9 @@ class _Whole:
         assert isinstance(gradient, FactoredGradient)
         self._held[name].factors += gradient.factors
 
-    def at(self, name: str, gradient: FactoredGradient) -> FactoredGradient:
-        """All coordinates are needed."""
-        return gradient
+    def held(self, name: str, gradient: FactoredGradient) -> FactoredGradient:
+        """What to hold of a parameter's gradient, of which all coordinates are needed."""
+        return gradient.held()
 
     def add_all(self, out: Tensor, gradients: Mapping[str, FactoredGradient]) -> None:
         """Take contributions to several parameters' gradients."""
