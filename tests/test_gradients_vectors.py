@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import trak_dropout as td
 from trak_dropout.gradients.factors import FactoredGradient
+from trak_dropout.gradients.live import LiveGradients
 from trak_dropout.gradients.rules import rule_of
 from trak_dropout.gradients.vectors import Sums
+from trak_dropout.lightning.calibration import _Whole
 
 
 @pytest.fixture
@@ -106,3 +108,18 @@ def test_what_only_sums_need_is_not_held() -> None:
     )
     grads = computer.compute_per_sample_grad([torch.randn(5, 1, 6, 6), torch.randint(3, (5,))])
     assert grads.factored["1.weight"].nbytes == grads.factored["1.bias"].nbytes == 5 * 4 * 4
+
+
+def test_calibration_holds_sums_not_activations() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4).eval(), nn.Flatten())
+    weights = dict(model.named_parameters())
+    whole = _Whole(weights, list(weights))
+    live = LiveGradients(model, whole, weights, check=False)
+    with live:
+        live.begin(5)
+        loss = model(torch.randn(5, 1, 6, 6)).square().mean()
+        live.expect()
+        loss.backward()
+        live.end()
+    held = whole.taken()
+    assert held["1.weight"].nbytes == held["1.bias"].nbytes == 5 * 4 * 4
