@@ -15,7 +15,7 @@ from trak_dropout.gradients.taps import FactorError
 # Relative to the largest entry of the parameter's gradient, by the least precise type involved.
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _LOOKED_AT = 32
-_PART, _BLOCK = 2**15, 2**9
+_SHORT, _BLOCK = 2**13, 2**9
 # Outputs may differ by so many times the type's precision, but no further than this.
 _ROUNDINGS, _FURTHEST = 1e3, 0.05
 
@@ -175,10 +175,13 @@ def _largest(flat: Tensor, few: int) -> tuple[Tensor, float]:
 
     They lie in the blocks whose largest entries are largest: to sort those is many times faster.
     """
+    if len(flat) <= _SHORT:
+        values, places = flat.abs().topk(few)
+        return places, float(values[0])
     whole = len(flat) // _BLOCK * _BLOCK
     blocks = flat[:whole].view(-1, _BLOCK)
-    # A part at a time, so that magnitudes stay in a core's cache.
-    sizes = torch.cat([part.abs().amax(1) for part in torch.split(blocks, _PART // _BLOCK)])
+    # Of magnitudes this takes many times as long: they would have to be written first.
+    sizes = torch.maximum(blocks.amax(1), blocks.amin(1).neg_())
     chosen = sizes.topk(min(few, len(sizes))).indices
     inside = torch.arange(_BLOCK, device=flat.device)
     rest = torch.arange(whole, len(flat), device=flat.device)

@@ -77,7 +77,7 @@ class FactoredGradientComputer(DenseGradientComputer):
             for the others, and nothing flows back further than needed.
         self_check: compare some coordinates of two samples with autograd, and see that the samples
             of a batch stay apart: on the first batch, on the first with samples of another shape or
-            with other weights (in `compute_into` by two samples alone then), and on the second,
+            with other weights (in `compute_into` by a single sample then), and on the second,
             fourth, eighth ... batch of each shape. What a model does otherwise on the batches
             between these only, such as reading a weight past its layer, is not seen.
         exact: names of parameters to be formed exactly whatever rules there are.
@@ -181,7 +181,7 @@ class FactoredGradientComputer(DenseGradientComputer):
 
         The first samples of a batch serve to find the ways and to compare with autograd; whether
         samples stay apart is seen on whole batches, as by `compute_per_sample_grad`. For other
-        weights two samples of the whole batch are compared with autograd of each alone.
+        weights a sample of the whole batch is compared with autograd of it alone.
 
         Args:
             batch: as for `compute_per_sample_grad`.
@@ -939,9 +939,9 @@ def _backward(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def _some(plan: _Plan, samples: int) -> list[int]:
-    """A few samples of a batch, others each time."""
+    """One sample of a batch, or a few where the plan is due; others each time."""
     generator = torch.Generator().manual_seed(plan.runs)
-    return torch.randperm(samples, generator=generator)[:_FEW].tolist()
+    return torch.randperm(samples, generator=generator)[: _FEW if plan.due else 1].tolist()
 
 
 def _weights_of(samples: int, device: torch.device) -> Tensor:

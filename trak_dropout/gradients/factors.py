@@ -23,11 +23,11 @@ DEFAULT_BUDGET = 32 * 2**20
 """Bytes that taking coordinates may use for intermediate values at a time."""
 
 # What a way of taking coordinates costs, in multiply-adds of a matrix product: reading one product
-# of a gather, the same with all samples of a coordinate together, writing one entry of a block, a
-# multiply-add of a product of two lines and what comes on top for each, and the calls for a batch.
-# Measured on CPUs, calls with other things in the caches. Calls are shared by a batch of the usual
-# size, whatever its own is: rows must not depend on that.
-GATHERED, _TOGETHER, _WRITTEN, _DOT, _BEGUN = 80, 20, 40, 5, 120
+# of a gather with all samples of a coordinate together, writing one entry of a block, copying one
+# entry of what a block is made of, a multiply-add of a product of two lines and what comes on top
+# for each, and the calls for a batch. Measured on CPUs, calls with other things in the caches.
+# Calls are shared by a batch of the usual size, whatever its own is: rows must not depend on that.
+_TOGETHER, _WRITTEN, COPIED, _DOT, _BEGUN = 20, 40, 20, 5, 120
 _CALLS = {"gather": 1.5e7, "form": 3e7, "block": 4e7, "dots": 3e7}
 _USUAL = 32
 _KINDS = 8
@@ -76,6 +76,15 @@ class Coordinates:
     def order(self) -> Tensor:
         """The places of the coordinates, by ascending coordinate."""
         return torch.argsort(self.flat, stable=True)
+
+    @cached_property
+    def by_line(self) -> tuple[Coordinates, Tensor]:
+        """The same coordinates by ascending row, or column where there are more columns.
+
+        What is read then follows one another in memory. Also where each coordinate stands there.
+        """
+        order = torch.argsort(self.rows if self.shape[0] > self.shape[1] else self.columns)
+        return Coordinates(self.flat[order], *self.shape), torch.argsort(order)
 
     @cached_property
     def lines(self) -> tuple[Tensor | None, Tensor | None]:
@@ -257,8 +266,11 @@ class Products(Factor):
     """
 
     positions: int
-    laying = 70  # lines are columns of what is held
-    """What it costs to lay one entry of a line where it belongs, in the same multiply-adds."""
+    # Columns of what is held are read, and lines are columns.
+    reading = 60
+    """What it costs to read one product of a gather, in the same multiply-adds."""
+    laying = 80
+    """What it costs to lay one entry of a line where it belongs."""
 
     @property
     @abstractmethod
@@ -279,8 +291,11 @@ class Products(Factor):
 
     def gather(self, part: slice, at: Coordinates) -> Tensor:
         """Coordinates of some samples, by reading both factors at each."""
-        left, right = self.left(part, at.rows), self.right(part, at.columns)
-        return left.mul_(right)[:, 0] if self.positions == 1 else left.mul_(right).sum(1)
+        if self.positions == 1:
+            return self.left(part, at.rows).mul_(self.right(part, at.columns))[:, 0]
+        at, places = at.by_line
+        values = self.left(part, at.rows).mul_(self.right(part, at.columns)).sum(1)
+        return values.index_select(1, places)
 
     def together(self, part: slice, at: Coordinates) -> Iterator[tuple[slice, Tensor]]:
         """As `gather` for a single position, but what is read at a coordinate lies together.
@@ -324,14 +339,14 @@ class Products(Factor):
     def costs(self, at: Coordinates) -> dict[str, tuple[float, float]]:
         """Multiply-adds and values held of each way, for one sample, without those of calls."""
         rows, columns = at.shape
-        read = _TOGETHER if self._lie_together(at) else GATHERED * self.positions
+        read = _TOGETHER if self._lie_together(at) else self.reading * self.positions
         found: dict[str, tuple[float, float]] = {
             "gather": (read * len(at), 2 * len(at) * self.positions),
             "form": ((self.positions + _WRITTEN) * rows * columns, rows * columns),
         }
         if len(at) < rows * columns:
             r, c = len(at.distinct_rows[0]), len(at.distinct_columns[0])
-            copied = GATHERED * (r + c) * self.positions / 4
+            copied = COPIED * (r + c) * self.positions
             found["block"] = (
                 copied + (self.positions + _WRITTEN) * r * c,
                 r * c + (r + c) * self.positions,

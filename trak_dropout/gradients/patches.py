@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trak_dropout.gradients.factors import (
-    GATHERED,
+    COPIED,
     Coordinates,
     Products,
     raised,
@@ -38,7 +38,7 @@ class Patches(Products):
         groups: of channels.
     """
 
-    laying = 6
+    reading, laying = 80, 6
 
     def __init__(
         self,
@@ -277,7 +277,7 @@ class Patches(Products):
             "dots": padded + (entries if max(self._stride) > 1 else 0),
         }
         return {
-            way: (work + GATHERED / 4 * on_top[way], held + on_top[way])
+            way: (work + COPIED * on_top[way], held + on_top[way])
             for way, (work, held) in found.items()
         }
 
