@@ -16,9 +16,7 @@ from trak_dropout.gradients import alone
 
 
 @pytest.mark.parametrize("size", [3, 5, 7, 30, 101])
-def test_large_entries_are_found_block_by_block(
-    monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
+def test_large_entries_are_found_block_by_block(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(alone, "_SHORT", 4)
     monkeypatch.setattr(alone, "_BLOCK", 5)
     flat = torch.randn(size, generator=torch.Generator().manual_seed(size))
