@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -318,15 +319,11 @@ class DropoutProjector(AbstractProjector):
         if self.proj_type == "weighted_dropout" and model_id not in self._projected:
             self._settle_statistics(grads, model_id)
         self._projected.add(model_id)
-        first = blocks[0][1]
         names = tuple(name for name, _ in blocks)
-        plan = self._plan_for(
-            model_id, names, tuple(block.shape[1:] for _, block in blocks), first.device
-        )
-        out = plan.zeros(len(first))
+        shapes = tuple(block.shape[1:] for _, block in blocks)
+        plan = self._plan_for(model_id, names, shapes, blocks[0][1].device)
         with torch.no_grad():
-            plan.add_to(out, {i: block for i, (_, block) in enumerate(blocks)})
-            plan.finish(out)
+            out = plan.of([block for _, block in blocks])
         return self.finish(out, model_id)
 
     def _settle_statistics(self, grads: Mapping[str, Tensor] | Tensor, model_id: int) -> None:
@@ -479,7 +476,8 @@ class DropoutProjector(AbstractProjector):
 
     def _check_names(self, grads: Mapping[str, Tensor], layout: Layout) -> None:
         missing = [name for name in layout.names if name not in grads]
-        extra = [name for name in grads if name not in set(layout.names)]
+        known = set(layout.names)
+        extra = [name for name in grads if name not in known]
         if missing or extra:
             raise ValueError(
                 "grads does not match the model that the projector was built for: "
@@ -510,7 +508,7 @@ class DropoutProjector(AbstractProjector):
         return self._plan[1]
 
     def _check_finite(self, exact: Tensor, result: Tensor, model_id: int) -> None:
-        if bool(torch.isfinite(result.sum())):  # a single pass; NaN and infinities spread
+        if math.isfinite(float(result.sum())):  # a single pass; NaN and infinities spread
             return
         bad = ~torch.isfinite(result).all(dim=1)
         if not bool(bad.any()):

@@ -48,7 +48,18 @@ class Plan:
         ]
         # Without folding every column has one weight, so that all are applied at the end, at once.
         self._weights = None if mask.folded else torch.as_tensor(mask.weights).to(device, dtype)
+        self._each = sum(len(kept.flat) for _, kept in self.kept) == mask.proj_dim
         self._singles: dict[tuple[tuple[int, bool], ...], Singles] = {}
+
+    def of(self, blocks: Sequence[Block]) -> Tensor:
+        """Compressed gradients of all blocks, in order, ``(B, proj_dim)``."""
+        formed = [block for block in blocks if isinstance(block, Tensor)]
+        if self._weights is None or not self._each or len(formed) < len(blocks):
+            out = self.zeros(len(blocks[0]))
+            self.add_to(out, dict(enumerate(blocks)))
+        else:  # every column is one coordinate: what is read is the result
+            out = torch.cat([kept.read(formed[i]) for i, kept in self.kept], 1).to(self._dtype)
+        return self.finish(out)
 
     def zeros(self, samples: int) -> Tensor:
         """Compressed gradients to begin with, ``(samples, proj_dim)``."""
@@ -163,17 +174,20 @@ class Kept:
             for part, at, values in block.take(self._coordinates):
                 self._fold(out if part == _ALL else out[part], at, values)
             return
-        if block.is_contiguous():
-            taken = read_columns(block.view(len(block), block.shape[1:].numel()), self.flat)
-        elif block.ndim > 1:  # read where it lies: reshaping would copy all of it
-            axes = torch.unravel_index(self.flat, block.shape[1:])
-            taken = block.movedim(0, -1)[axes].T
-        else:
-            taken = block.unsqueeze(1)
+        taken = self.read(block)
         if self._place is not None:
             out[:, self._place] += taken
         else:  # not by bags: a row is the same to the bit whatever batch it comes in
             out.index_add_(1, self.columns, taken.to(out.dtype) * self.weights)
+
+    def read(self, block: Tensor) -> Tensor:
+        """Kept coordinates of gradients that exist, unweighted, ``(B, c)``."""
+        if block.is_contiguous():
+            return read_columns(block.view(len(block), block.shape[1:].numel()), self.flat)
+        if block.ndim > 1:  # read where it lies: reshaping would copy all of it
+            axes = torch.unravel_index(self.flat, block.shape[1:])
+            return block.movedim(0, -1)[axes].T
+        return block.unsqueeze(1)
 
     def add_single(self, out: Tensor, first: Tensor, second: Tensor | None) -> bool:
         """Add the share of outer products to ``out``, unweighted, where nothing folds.
