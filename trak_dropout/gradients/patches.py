@@ -38,7 +38,7 @@ class Patches(Products):
         groups: of channels.
     """
 
-    reading, laying = 80, 6
+    reading, laying = 130, 60
 
     def __init__(
         self,
