@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from trak_dropout.gradients import FactoredGradientComputer
-from trak_dropout.gradients.factors import DEFAULT_BUDGET, PIECE
+from trak_dropout.gradients.factors import DEFAULT_BUDGET
 from trak_dropout.masks import DEFAULT_FOLD
 from trak_dropout.outputs import CausalLMOutput
 from trak_dropout.projector import DropoutProjector
 from trak_dropout.scoring import DampedScoreComputer
+from trak_dropout.taking import BUFFER
 
 # What a process holds for each byte of tensors. Freed blocks of glibc's heap stay with the process
 # where no new tensor fits; with every block mapped by itself (MALLOC_MMAP_THRESHOLD_=16384) this is
@@ -252,7 +253,7 @@ def estimate(
     taking = 4 * batch_size * min(2 * taken * work.tokens, largest + taken)
     if work.multiply_adds <= work.parameters and fold > 1:  # a table, read piece by piece
         values = 2 * 4 * batch_size * min(k * fold, work.parameters)
-        taking = min(values, 2 * PIECE) + 4 * batch_size * (work.factors + k)
+        taking = min(values, 2 * BUFFER) + 4 * batch_size * (work.factors + k)
     batch = bytes_of_weight * batch_size * work.factors + batch_size * k * 4
     alone = bytes_of_weight * largest  # the self-check's gradient of a parameter for one sample
     graph = bytes_of_weight * batch_size * work.graph

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from trak_dropout.gradients.factors import (
     DEFAULT_BUDGET,
-    PIECE,
     Coordinates,
     FactoredGradient,
     raised,
@@ -24,6 +23,9 @@ from trak_dropout.masks import Mask, spans
 
 Block = Tensor | FactoredGradient
 _ALL = slice(None)
+
+BUFFER = 2**21
+"""Bytes of each of the two factors of single positions that are multiplied at a time."""
 
 
 class Plan:
@@ -315,17 +317,20 @@ class Singles:
         for begin in range(0, len(out), step):
             part = slice(begin, begin + step)
             table = self._table(vectors, part, dtype)
-            most = max(1, PIECE // (table.shape[1] * table.itemsize))
+            most = max(1, BUFFER // (table.shape[1] * table.itemsize))
+            # Used for every piece: an allocator may take memory of this size from the operating
+            # system anew each time.
+            buffers = table.new_empty(2, min(most, len(self._columns)), table.shape[1])
             for left, right, bags in self._cut(most):
-                # Given no name: the last piece is gone before the next is made.
-                bags.add_to(
-                    out[part].T, table.index_select(0, left).mul_(table.index_select(0, right))
-                )
+                values, others = buffers[:, : len(left)]
+                torch.index_select(table, 0, left, out=values)
+                torch.index_select(table, 0, right, out=others)
+                bags.add_to(out[part].T, values.mul_(others))
 
     def _table(self, vectors: Sequence[Vectors], part: slice, dtype: torch.dtype) -> Tensor:
         """All vectors of some samples below each other, ``(height, b)``."""
         given = [
-            vector[part] if read is None else read_columns(vector[part], read)
+            _apart(vector[part]) if read is None else read_columns(vector[part], read)
             for read, pair in zip(self._read, vectors, strict=True)
             for vector in pair
             if vector is not None
@@ -343,3 +348,13 @@ class Singles:
                 for p in parts
             ]
         return self._pieces[most]
+
+
+def _apart(values: Tensor) -> Tensor:
+    """The same matrix, its rows no multiple of 4096 bytes apart.
+
+    Otherwise the entries of a column compete for the same few places in a core's cache.
+    """
+    if values.shape[1] * values.itemsize % 4096:
+        return values
+    return nn.functional.pad(values, (0, 64 // values.itemsize))[:, : values.shape[1]]
