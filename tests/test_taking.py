@@ -161,8 +161,9 @@ def test_columns_are_those_of_formed_gradients(
     layout = {name: tensor.shape[1:] for name, tensor in dense.items()}
     model = nn.ParameterDict({n: nn.Parameter(torch.zeros(*s)) for n, s in layout.items()})
     for piece in (1, 300, 2**20):
+        monkeypatch.setattr(factors, "PIECE", piece)
+        monkeypatch.setattr(td.taking, "BUFFER", piece)
         for module in (factors, td.taking):
-            monkeypatch.setattr(module, "PIECE", piece)
             monkeypatch.setattr(module, "DEFAULT_BUDGET", 100 * piece)
         projector = td.DropoutProjector.from_model(model, 8, 1, dtype=torch.float64, fold=fold)
         mask = projector.mask(0)
