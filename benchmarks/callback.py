@@ -226,15 +226,19 @@ def apart(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def measure(
-    name: str, samples: int, rounds: int, k: int, chosen: list[str]
+    name: str, samples: int, processes: int, rounds: int, k: int, chosen: list[str]
 ) -> list[dict[str, Any]]:
     """Measure a setting: a row for each projection."""
-    # Each in a process and a folder of its own, as in use: beside another's collections, or while
-    # the system still writes out theirs, the same ones took up to a fifth longer.
-    timings = {}
-    for projection in chosen:
-        with tempfile.TemporaryDirectory() as scratch:
-            timings[projection] = apart(timed, name, samples, rounds, k, projection, Path(scratch))
+    # Each in processes and folders of its own, as in use: beside another's collections, or while
+    # the system still writes out theirs, the same ones took up to a fifth longer. In turns and more
+    # than once, because from process to process, and from minute to minute, all rounds differ.
+    timings: dict[str, list[Any]] = {projection: [] for projection in chosen}
+    for _ in range(processes):
+        for projection in chosen:
+            with tempfile.TemporaryDirectory() as scratch:
+                timings[projection].append(
+                    apart(timed, name, samples, rounds, k, projection, Path(scratch))
+                )
     with tempfile.TemporaryDirectory() as scratch, freed_memory_given_back():
         without = apart(memory, name, samples, k, False, Path(scratch))
         held = apart(memory, name, samples, k, True, Path(scratch) / "memory")
@@ -246,10 +250,11 @@ def measure(
     }
     rows = []
     for projection in chosen:
-        plain, collected, parameters, count = timings[projection]
-        wall, cpu = (
-            [c[i] / p[i] for c, p in zip(collected[1:], plain[1:], strict=True)] for i in (0, 1)
-        )
+        plains, collections, parameters, count = timings[projection][0]
+        first = collections[0][0] / plains[0][0]
+        plain = [times for run in timings[projection] for times in run[0][1:]]
+        collected = [times for run in timings[projection] for times in run[1][1:]]
+        wall, cpu = ([c[i] / p[i] for c, p in zip(collected, plain, strict=True)] for i in (0, 1))
         rows.append(
             {
                 "setting": name,
@@ -257,9 +262,9 @@ def measure(
                 "parameters": parameters,
                 "samples": count,
                 "proj_dim": k,
-                "plain_seconds": statistics.median(seconds for seconds, _ in plain[1:]),
-                "collect_seconds": statistics.median(s for s, _ in collected[1:]),
-                "first": collected[0][0] / plain[0][0],
+                "plain_seconds": statistics.median(seconds for seconds, _ in plain),
+                "collect_seconds": statistics.median(s for s, _ in collected),
+                "first": first,
                 **spread(wall, cpu),
                 "most": SETTINGS[name].most,
                 **(peaks if projection == DEFAULT else {}),
@@ -276,7 +281,8 @@ def main() -> int:
     parser.add_argument(
         "--projections", nargs="+", choices=list(PROJECTIONS), default=list(PROJECTIONS)
     )
-    parser.add_argument("--rounds", type=int, default=9, help="that count")
+    parser.add_argument("--rounds", type=int, default=3, help="that count, in each process")
+    parser.add_argument("--processes", type=int, default=3, help="for each projection")
     parser.add_argument("--quick", action="store_true", help="the MLP, few samples")
     parser.add_argument("--out", type=Path, default=RESULTS / "callback.json")
     options = parser.parse_args()
@@ -290,8 +296,8 @@ def main() -> int:
     )
     for name in ["MLP"] if options.quick else options.settings:
         samples = 1000 if options.quick else SETTINGS[name].samples
-        rounds = 2 if options.quick else options.rounds
-        for row in measure(name, samples, rounds, options.proj_dim, options.projections):
+        processes, rounds = (1, 2) if options.quick else (options.processes, options.rounds)
+        for row in measure(name, samples, processes, rounds, options.proj_dim, options.projections):
             rows.append(row)
             print(
                 f"{name:<16} {row['projection']:<16} {row['ratio']:>17.2f} {row['lowest']:>6.2f} "
