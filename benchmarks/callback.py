@@ -8,7 +8,7 @@ Ratios are medians over rounds, by the clock and by the process's processor time
 of what a training process holds, with the collector (at its defaults) and without, each in a
 process of its own.
 
-    python benchmarks/callback.py            # about twenty minutes on 2 cores
+    python benchmarks/callback.py            # about half an hour on 2 cores
     python benchmarks/callback.py --quick    # the MLP, few samples
 
 Writes benchmarks/results/callback.json. The aim is at most 1.0 (0.85 for the language
