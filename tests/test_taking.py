@@ -187,3 +187,17 @@ def test_small_factors_do_not_vanish_before_they_are_multiplied() -> None:
     found = projector.project(FactoredGradients({"w": gradient, "z": bias}), 0)
     assert float(found.abs().min()) > 0.1
     assert bool(torch.isfinite(found).all())
+
+
+def test_single_positions_a_page_wide() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(1024, 3)
+    left, right = torch.randn(5, 1, 3), torch.randn(5, 1, 1024)
+    factored = {
+        "weight": FactoredGradient([Outer(left, right)], 5, model.weight),
+        "bias": FactoredGradient([Formed(left[:, 0])], 5, model.bias),
+    }
+    formed = {"weight": left.mT @ right, "bias": left[:, 0]}
+    projector = td.DropoutProjector.from_model(model, 64, fold=8)
+    found = projector.project(FactoredGradients(factored), 0)
+    torch.testing.assert_close(found, projector.project(formed, 0))

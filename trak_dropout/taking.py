@@ -50,13 +50,12 @@ class Plan:
         ]
         # Without folding every column has one weight, so that all are applied at the end, at once.
         self._weights = None if mask.folded else torch.as_tensor(mask.weights).to(device, dtype)
-        self._each = sum(len(kept.flat) for _, kept in self.kept) == mask.proj_dim
         self._singles: dict[tuple[tuple[int, bool], ...], Singles] = {}
 
     def of(self, blocks: Sequence[Block]) -> Tensor:
         """Compressed gradients of all blocks, in order, ``(B, proj_dim)``."""
         formed = [block for block in blocks if isinstance(block, Tensor)]
-        if self._weights is None or not self._each or len(formed) < len(blocks):
+        if self._weights is None or len(formed) < len(blocks):
             out = self.zeros(len(blocks[0]))
             self.add_to(out, dict(enumerate(blocks)))
         else:  # every column is one coordinate: what is read is the result
