@@ -1,5 +1,7 @@
 """DenseGradientComputer against TRAK's computer and against autograd one sample at a time."""
 
+from typing import Any
+
 import pytest
 import torch
 from cases import convnet, digits, mlp, per_sample_gradients, trained
@@ -83,3 +85,9 @@ def test_batches_the_task_cannot_take(make, words: str) -> None:
 def test_iterative_outputs_are_refused() -> None:
     with pytest.raises(TypeError, match="use task='image_classification'"):
         DenseGradientComputer(mlp(), IterativeImageClassificationModelOutput())
+
+
+def test_what_is_no_model_is_refused() -> None:
+    weights: Any = mlp().state_dict()
+    with pytest.raises(TypeError, match="model must be an nn.Module, got OrderedDict"):
+        DenseGradientComputer(weights, ImageClassificationModelOutput())

@@ -6,7 +6,7 @@ import json
 import logging
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -190,6 +190,8 @@ def test_new_process_attributes_the_same(tmp_path: Path) -> None:
         open_store(tmp_path / "store").attribute(loader(target_set()))
     with pytest.raises(StoreMismatchError, match=r"model has net.1.weight \(32, 64\)"):
         store.attribute(loader(target_set()), Classifier(mlp()), progress=False)
+    with pytest.raises(TypeError, match="got the class Classifier; give an instance of it"):
+        store.attribute(loader(target_set()), cast(Any, Classifier), progress=False)
 
 
 def test_shuffled_targets_come_in_dataset_order(tmp_path: Path) -> None:

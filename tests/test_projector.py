@@ -230,6 +230,15 @@ def test_bad_grad_wrt() -> None:
         DropoutProjector.from_model(nn.ReLU(), 4)
 
 
+def test_what_is_no_model_is_refused() -> None:
+    nothing: Any = None
+    a_class: Any = nn.Linear
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got NoneType"):
+        DropoutProjector.from_model(nothing, 4)
+    with pytest.raises(TypeError, match="got the class Linear; give an instance of it"):
+        DropoutProjector.from_model(a_class, 4)
+
+
 def test_gradients_of_another_model_are_refused() -> None:
     projector = DropoutProjector.from_model(mlp(32), 16)
     wider, other = gradients(mlp(33)), gradients(convnet())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 
+from torch import nn
+
 
 def check_integer(name: str, value: object, minimum: int | None = None) -> int:
     """Return ``value`` as an int.
@@ -29,3 +31,20 @@ def check_integer(name: str, value: object, minimum: int | None = None) -> int:
     if minimum is not None and number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no model.
+
+    Args:
+        model: what was given.
+
+    Raises:
+        TypeError: it is no ``nn.Module``.
+    """
+    if isinstance(model, nn.Module):
+        return
+    given = type(model).__name__
+    if isinstance(model, type):
+        given = f"the class {model.__name__}; give an instance of it"
+    raise TypeError(f"model must be an nn.Module, got {given}")

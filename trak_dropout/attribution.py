@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from trak.modelout_functions import TASK_TO_MODELOUT, AbstractModelOutput
 
+from trak_dropout._checks import check_model
 from trak_dropout._random import random_states_kept
 from trak_dropout.curvature import check_curvature, row_factors
 from trak_dropout.gradients import BatchError, FactoredGradientComputer
@@ -171,6 +172,7 @@ class AttributionStore(Store):
             IncompleteStoreError: a checkpoint has not been collected completely.
             ReorderingError: the loader's ``collate_fn`` puts targets in an order of its own.
             StoreMismatchError: the model's parameters are not those in the store.
+            TypeError: ``model`` is no module.
             ValueError: no model or task is known, or ``curvature`` is unknown.
         """
         check_curvature(curvature)
@@ -259,6 +261,7 @@ class AttributionStore(Store):
         owner = self._model if model is None else model
         if owner is None:
             raise ValueError("model is needed to compute the targets' gradients; none was given")
+        check_model(owner)
         model = self._part_of(owner)
         task = resolve_task(self._resolved_task())
         device = next(model.parameters()).device

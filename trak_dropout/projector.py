@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from trak.projectors import AbstractProjector, ProjectionType
 
-from trak_dropout._checks import check_integer
+from trak_dropout._checks import check_integer, check_model
 from trak_dropout._html import as_bytes, describe_html
 from trak_dropout.gradients.factors import FactoredGradient, FactoredGradients
 from trak_dropout.masks import (
@@ -538,10 +538,11 @@ def layout_of(model: nn.Module, grad_wrt: Iterable[str] | None = None) -> Layout
         The layout.
 
     Raises:
-        TypeError: ``grad_wrt`` is a single string.
+        TypeError: ``model`` is no module, or ``grad_wrt`` a single string.
         ValueError: ``grad_wrt`` is empty or names a parameter that the model lacks, or the
             model has no parameters.
     """
+    check_model(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if grad_wrt is not None:
         if isinstance(grad_wrt, str):

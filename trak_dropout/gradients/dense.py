@@ -15,6 +15,8 @@ from trak.modelout_functions import (
     IterativeImageClassificationModelOutput,
 )
 
+from trak_dropout._checks import check_model
+
 
 class BatchError(ValueError):
     """A batch is not what the task takes."""
@@ -48,6 +50,7 @@ class DenseGradientComputer(FunctionalGradientComputer):
         device: str | torch.device = "cpu",
         grad_wrt: Iterable[str] | None = None,
     ) -> None:
+        check_model(model)
         if isinstance(task, IterativeImageClassificationModelOutput):
             raise TypeError(
                 "task: the iterative output reads the model's own weights, so functional "

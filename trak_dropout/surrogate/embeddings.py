@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from trak_dropout._checks import check_integer
+from trak_dropout._checks import check_integer, check_model
 from trak_dropout.attribution import own_precision, preserved, to_device
 from trak_dropout.reading import in_dataset_order
 
@@ -39,9 +39,11 @@ def penultimate_embeddings(
         has further dimensions.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: there is no such layer, it did not run once for a batch, the loader is empty, or
             an embedding is NaN or infinite.
     """
+    check_model(model)
     modules = dict(model.named_modules())
     if layer is None:
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
