@@ -1,5 +1,10 @@
 """LossOutput against autograd, and task names."""
 
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from cases import convnet, digits, per_sample_gradients, trained
@@ -100,3 +105,40 @@ def test_tasks_by_name() -> None:
         resolve_task("images")
     with pytest.raises(TypeError, match="task must be a name"):
         resolve_task(LossOutput)
+
+
+class Focal(nn.Module):
+    """A loss of somebody's own."""
+
+    def __init__(self, gamma: float, inner: Any, *more: Any, size: Sequence[int] = (1,)) -> None:
+        super().__init__()
+        self.gamma, self.inner, self.size = gamma, inner, size
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.inner(output, target) ** self.gamma
+
+
+def test_losses_with_other_settings_have_other_names() -> None:
+    weights = [torch.ones(10), torch.ones(10) * 2, torch.ones(10, dtype=torch.bfloat16)]
+    cross_entropy = nn.functional.cross_entropy
+    losses = [
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(label_smoothing=0.2, reduction="sum"),
+        *(nn.CrossEntropyLoss(weight, reduction="sum") for weight in weights),
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)),
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0)),
+        cross_entropy,
+        partial(cross_entropy, label_smoothing=0.1),
+        partial(cross_entropy, label_smoothing=0.2),
+        partial(nn.functional.l1_loss),
+        Focal(1.0, cross_entropy),
+        Focal(2.0, cross_entropy),
+        Focal(2.0, nn.functional.mse_loss, 1, size=[1]),
+        Focal(2.0, nn.functional.mse_loss, 1, size=[2]),
+    ]
+    names = [task_name(LossOutput(copy.deepcopy(loss))) for loss in losses]
+    assert len(set(names)) == len(names)
+    assert names[1] == "LossOutput(CrossEntropyLoss() with label_smoothing=0.1)"
+    assert not any("0x" in name for name in names)  # addresses are others in the next process
+    assert names == [task_name(LossOutput(copy.deepcopy(loss))) for loss in losses]

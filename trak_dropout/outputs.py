@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -67,8 +70,7 @@ class LossOutput(_MinusLoss):
     @property
     def name(self) -> str:
         """The name under which stores record it: another loss has another."""
-        loss = self.loss_fn
-        return f"LossOutput({loss if isinstance(loss, nn.Module) else _qualified_name(loss)})"
+        return f"LossOutput({_loss_name(self.loss_fn)})"
 
     def get_output(
         self,
@@ -337,6 +339,42 @@ def task_name(task: str | AbstractModelOutput) -> str:
         return task.name
     known = {output: name for name, output in TASK_TO_MODELOUT.items()}
     return known.get(type(task)) or _qualified_name(type(task))
+
+
+def _loss_name(loss: Any) -> str:
+    """A name that tells a loss and its settings, the same in every process."""
+    if isinstance(loss, partial):
+        given = [*map(_value, loss.args), *_settings(loss.keywords)]
+        return _with(_loss_name(loss.func), given)
+    if not isinstance(loss, nn.Module):
+        return _qualified_name(loss)
+    # Most losses have a repr without settings. Those as by default stay unnamed.
+    own = {
+        name: getattr(loss, name)
+        for name, parameter in signature(type(loss)).parameters.items()
+        if hasattr(loss, name) and _value(getattr(loss, name)) != _value(parameter.default)
+    }
+    return _with(str(loss), _settings(own))
+
+
+def _with(name: str, settings: Sequence[str]) -> str:
+    return f"{name} with {', '.join(settings)}" if settings else name
+
+
+def _settings(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={_value(value)}" for name, value in sorted(values.items())]
+
+
+def _value(value: Any) -> str:
+    """A setting's value, of a tensor its checksum."""
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return f"tensor {tuple(value.shape)} {zlib.crc32(content.tobytes()):08x}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_value, value))})"
+    return _loss_name(value) if callable(value) else _qualified_name(type(value))
 
 
 def _qualified_name(thing: object) -> str:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from trak.modelout_functions import AbstractModelOutput
 
 from trak_dropout.gradients.alone import TOLERANCE, Alone, Entries, Single, least_precise
+from trak_dropout.gradients.aside import run_aside
 from trak_dropout.gradients.dense import BatchError, DenseGradientComputer, check_batch, refused
 from trak_dropout.gradients.factors import (
     DEFAULT_BUDGET,
@@ -27,7 +28,6 @@ from trak_dropout.gradients.factors import (
     Formed,
 )
 from trak_dropout.gradients.intake import Intake, Shares
-from trak_dropout.gradients.live import run_aside
 from trak_dropout.gradients.rules import rule_of
 from trak_dropout.gradients.taps import (
     FactorError,

@@ -8,8 +8,8 @@ sample, and let both go. The training step itself is left as it is, to the bit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trak_dropout.gradients.alone import least_precise, rounding
+from trak_dropout.gradients.aside import running_aside
 from trak_dropout.gradients.factors import DEFAULT_BUDGET, FactoredGradient
 from trak_dropout.gradients.intake import Intake, Shares
 from trak_dropout.gradients.rules import rule_of
@@ -193,18 +194,6 @@ def find_layouts(
 
 Handler = Callable[[Site, list[Tensor], Tensor], Tensor | None]
 
-_aside: list[bool] = []  # no ContextVar: activation checkpoints may run again in other threads
-
-
-@contextmanager
-def run_aside() -> Iterator[None]:
-    """Run models for other gradients than those of a training step that may be under way."""
-    _aside.append(True)
-    try:
-        yield
-    finally:
-        _aside.pop()
-
 
 class _Hook:
     """Calls a handler wherever a site's module contributes to a gradient.
@@ -218,7 +207,7 @@ class _Hook:
     def __call__(
         self, _: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
-        if _aside or not torch.is_grad_enabled():
+        if running_aside() or not torch.is_grad_enabled():
             return None
         site = self._site
         if not isinstance(output, Tensor):
