@@ -115,7 +115,7 @@ class Coordinates:
 
         Of rows and columns, those of which there are more lines are the rows of the result.
         Threads share these in the order in which they laid them out, so that most of what a thread
-        reads is its own; where cores do not share a cache this takes half the time.
+        reads is its own, which counts where cores do not share a cache.
 
         Args:
             samples: how many stand beside each other at every row, and at every column.
