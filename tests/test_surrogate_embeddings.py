@@ -64,6 +64,9 @@ def test_refusals_of_models() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             penultimate_embeddings(model, batches, layer)
+    weights: Any = module.state_dict()
+    with pytest.raises(TypeError, match="model must be an nn.Module, got OrderedDict"):
+        penultimate_embeddings(weights, loader(train_set()))
     twice = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="ran 2 times"):
         penultimate_embeddings(nn.Sequential(twice, twice), [torch.zeros(2, 4)], "0")
